@@ -1,0 +1,183 @@
+# quire's build and tests. `make` alone lists the targets.
+#
+# What a target needs it builds first; programs of others (etcd, kine,
+# kube-apiserver, staticcheck, benchstat) come from the nested modules under
+# test/peers, which pin their versions, and are built again only when those
+# pins change. They are built with the flags that `go test` uses, so that the
+# tests find the packages they share with them already compiled.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+COMMIT  ?= $(shell git rev-parse --short=9 HEAD 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.gitSHA=$(COMMIT)
+
+BIN   := $(CURDIR)/bin
+PEERS := bin/peers
+# Modules of their own, so that what they need stays out of quire's go.mod.
+TEST_MODULES := test/etcd test/load test/k8s
+ALL_MODULES  := . $(TEST_MODULES) test/peers/etcd test/peers/kine test/peers/kubernetes test/peers/tools
+
+PKG  ?= ./...
+# of differential and crash, unless the target below says otherwise
+N    ?=
+SEED ?=
+FUZZTIME ?= 10s
+BENCH    ?= .
+BASE     ?= HEAD
+COUNT    ?= 10
+
+KUBERNETES_VERSION := v1.36.3
+KUBERNETES_LDFLAGS := -s -w \
+	-X k8s.io/component-base/version.gitVersion=$(KUBERNETES_VERSION) \
+	-X k8s.io/component-base/version.gitMajor=1 \
+	-X k8s.io/component-base/version.gitMinor=36 \
+	-X k8s.io/component-base/version.gitTreeState=clean
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+## Building
+
+.PHONY: build
+build: ## build the static binary bin/quire
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/quire ./cmd/quire
+
+.PHONY: build-race
+build-race: need-gcc
+	CGO_ENABLED=1 $(GO) build -race -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/quire-race ./cmd/quire
+
+.PHONY: run
+run: ## run quire on 127.0.0.1:2379 (ARGS='--flag …')
+	$(GO) run ./cmd/quire $(ARGS)
+
+.PHONY: peers
+peers: $(PEERS)/etcd $(PEERS)/etcdctl $(PEERS)/etcdutl $(PEERS)/kine $(PEERS)/kube-apiserver ## build etcd, etcdctl, etcdutl, kine and kube-apiserver into bin/peers
+
+ETCD_PINS := test/peers/etcd/go.mod test/peers/etcd/go.sum
+$(PEERS)/etcd: $(ETCD_PINS)
+	cd test/peers/etcd && $(GO) build -o $(abspath $@) go.etcd.io/etcd/server/v3
+$(PEERS)/etcdctl: $(ETCD_PINS)
+	cd test/peers/etcd && $(GO) build -o $(abspath $@) go.etcd.io/etcd/etcdctl/v3
+$(PEERS)/etcdutl: $(ETCD_PINS)
+	cd test/peers/etcd && $(GO) build -o $(abspath $@) go.etcd.io/etcd/etcdutl/v3
+
+# cgo is kine's own default for SQLite.
+$(PEERS)/kine: test/peers/kine/go.mod test/peers/kine/go.sum | need-gcc
+	cd test/peers/kine && CGO_ENABLED=1 $(GO) build -o $(abspath $@) github.com/k3s-io/kine
+
+$(PEERS)/kube-apiserver: test/peers/kubernetes/go.mod test/peers/kubernetes/go.sum test/peers/kubernetes/kube-apiserver/main.go
+	cd test/peers/kubernetes && $(GO) build -ldflags '$(KUBERNETES_LDFLAGS)' -o $(abspath $@) ./kube-apiserver
+
+TOOLS_PINS := test/peers/tools/go.mod test/peers/tools/go.sum
+$(PEERS)/staticcheck: $(TOOLS_PINS)
+	cd test/peers/tools && $(GO) build -o $(abspath $@) honnef.co/go/tools/cmd/staticcheck
+$(PEERS)/benchstat: $(TOOLS_PINS)
+	cd test/peers/tools && $(GO) build -o $(abspath $@) golang.org/x/perf/cmd/benchstat
+
+# The race detector and kine need a C compiler.
+.PHONY: need-gcc
+need-gcc:
+	@command -v gcc >/dev/null && test -e /usr/include/stdlib.h || { \
+		echo 'installing gcc, which is missing here'; \
+		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev; }
+
+## Testing
+
+.PHONY: test
+test: build build-race $(PEERS)/etcd ## vet, unit and black-box tests with the race detector (< 10 min)
+	$(GO) vet ./...
+	CGO_ENABLED=1 $(GO) test -race -timeout 8m ./...
+	for module in $(TEST_MODULES); do (cd $$module && $(GO) vet ./...); done
+	cd test/etcd && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m ./...
+	cd test/load && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m ./... -args -cycles=10
+
+.PHONY: race
+race: need-gcc ## unit tests with the race detector, never from the cache (PKG=./backend)
+	CGO_ENABLED=1 $(GO) test -race -count=1 -timeout 15m $(PKG)
+
+.PHONY: conformance
+conformance: build ## the conformance suite against etcd and bin/quire
+	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./conformance/...
+
+.PHONY: differential
+differential: build ## random operations on etcd and quire side by side (N=100000 SEED=…)
+	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential -args -n=$(or $(N),100000) $(if $(SEED),-seed=$(SEED))
+
+.PHONY: crash
+crash: build ## kill -9 under load, then look what is left (N=500 cycles, SEED=…)
+	cd test/load && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./crash -args -cycles=$(or $(N),500) $(if $(SEED),-seed=$(SEED))
+
+.PHONY: test-k8s
+test-k8s: build $(PEERS)/kube-apiserver ## a real kube-apiserver on quire, driven by client-go (QUIRE_TEST_SERVER=bin/peers/etcd tries it on etcd)
+	cd test/k8s && QUIRE_TEST_SERVER=$(abspath $(or $(QUIRE_TEST_SERVER),bin/quire)) $(GO) test -count=1 -parallel 12 -timeout 10m -v .
+
+.PHONY: fuzz
+fuzz: ## every fuzz test for a short time (FUZZTIME=10s)
+	for package in $$($(GO) list ./...); do \
+		for fuzz in $$($(GO) test -list '^Fuzz' $$package | sed -n '/^Fuzz/p'); do \
+			$(GO) test -run '^$$' -fuzz "^$$fuzz\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+# Each step is a make of its own, so that none starts before the one above has
+# passed; the slowest come last.
+.PHONY: test-all
+test-all: ## everything: lint, verify, test, fuzz, long differential and crash runs, a short bench, kube-apiserver (< 90 min)
+	$(MAKE) lint
+	$(MAKE) verify
+	$(MAKE) test
+	$(MAKE) fuzz
+	$(MAKE) differential N=200000
+	$(MAKE) crash N=100
+	$(MAKE) bench-quick
+	$(MAKE) test-k8s
+
+## House keeping
+
+.PHONY: lint
+lint: $(PEERS)/staticcheck ## gofmt, go vet and staticcheck over all modules
+	$(MAKE) fmt-check
+	for module in . $(TEST_MODULES); do echo "lint $$module"; (cd $$module && $(GO) vet ./... && $(abspath $(PEERS)/staticcheck) ./...); done
+	cd test/peers/kubernetes && $(GO) vet ./...
+
+.PHONY: fmt-check
+fmt-check:
+	@files=$$(find . -name '*.go' -not -path './bin/*' -not -path './.git/*' -print0 | xargs -0 gofmt -l); \
+	if [ -n "$$files" ]; then echo 'gofmt -w has to run over:'; echo "$$files"; exit 1; fi
+
+.PHONY: verify
+verify: ## go.mod and go.sum of every module are tidy and whole, sources formatted
+	$(MAKE) fmt-check
+	for module in $(ALL_MODULES); do echo "verify $$module"; (cd $$module && $(GO) mod tidy -diff && $(GO) mod verify >/dev/null); done
+
+.PHONY: bench
+bench: build $(PEERS)/etcd $(PEERS)/kine ## quire, etcd and kine side by side; writes docs/performance.md (ARGS='-only …')
+	cd test/load && $(GO) run ./bench $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: build $(PEERS)/etcd $(PEERS)/kine
+	cd test/load && $(GO) run ./bench -quick
+
+.PHONY: bench-compare
+bench-compare: $(PEERS)/benchstat ## Go benchmarks of the work tree against BASE=HEAD, ten runs each (BENCH=. PKG=./...)
+	rm -rf $(BIN)/base && git worktree prune
+	git worktree add --detach $(BIN)/base $(BASE)
+	trap 'git worktree remove --force $(BIN)/base' EXIT; \
+	: > $(BIN)/base.txt; : > $(BIN)/head.txt; \
+	for i in $$(seq $(COUNT)); do \
+		(cd $(BIN)/base && $(GO) test -run '^$$' -bench '$(BENCH)' $(PKG)) >> $(BIN)/base.txt; \
+		$(GO) test -run '^$$' -bench '$(BENCH)' $(PKG) >> $(BIN)/head.txt; \
+		echo "run $$i of $(COUNT)"; \
+	done; \
+	$(PEERS)/benchstat base=$(BIN)/base.txt head=$(BIN)/head.txt
+
+.PHONY: clean
+clean: ## remove all that was built
+	rm -rf $(BIN)

@@ -1,0 +1,157 @@
+package backend
+
+import (
+	"sort"
+	"sync"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+// alarmKey is one raised alarm.
+type alarmKey struct {
+	member uint64
+	alarm  pb.AlarmType
+}
+
+// alarmSet is an immutable set of alarms.
+type alarmSet map[alarmKey]struct{}
+
+func (s alarmSet) has(t pb.AlarmType) bool {
+	for k := range s {
+		if k.alarm == t {
+			return true
+		}
+	}
+	return false
+}
+
+func (s alarmSet) with(k alarmKey) alarmSet {
+	next := make(alarmSet, len(s)+1)
+	for o := range s {
+		next[o] = struct{}{}
+	}
+	next[k] = struct{}{}
+	return next
+}
+
+func (s alarmSet) without(k alarmKey) alarmSet {
+	next := make(alarmSet, len(s))
+	for o := range s {
+		if o != k {
+			next[o] = struct{}{}
+		}
+	}
+	return next
+}
+
+// alarms holds the current set; the committer replaces it.
+type alarms struct {
+	mu  sync.RWMutex
+	now alarmSet
+}
+
+func (a *alarms) current() alarmSet {
+	a.mu.RLock()
+	defer a.mu.RUnlock()
+	return a.now
+}
+
+func (a *alarms) set(s alarmSet) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.now = s
+}
+
+type alarmChange struct {
+	key    alarmKey
+	raised bool
+}
+
+// Alarms lists the raised alarms in order of member and type.
+func (db *DB) Alarms() []*pb.AlarmMember {
+	var all []*pb.AlarmMember
+	for k := range db.alarms.current() {
+		all = append(all, &pb.AlarmMember{MemberID: k.member, Alarm: k.alarm})
+	}
+	sort.Slice(all, func(i, j int) bool {
+		if all[i].MemberID != all[j].MemberID {
+			return all[i].MemberID < all[j].MemberID
+		}
+		return all[i].Alarm < all[j].Alarm
+	})
+	return all
+}
+
+// changeAlarm raises or clears an alarm as part of the batch.
+func (b *batch) changeAlarm(k alarmKey, raise bool) {
+	cur := b.db.alarms.current()
+	if _, standing := cur[k]; standing == raise {
+		return
+	}
+	if raise {
+		b.db.alarms.set(cur.with(k))
+	} else {
+		b.db.alarms.set(cur.without(k))
+	}
+	b.alarms = true
+	b.alarmsHeard = append(b.alarmsHeard, alarmChange{k, raise})
+}
+
+// Charges against the quota, in bytes, beside keys and values: etcd's own estimates
+// (server/storage/quota.go).
+const (
+	putCharge   = 256
+	leaseCharge = 64
+)
+
+// charge is what a request may add to the database.
+func charge(req any) int64 {
+	switch r := req.(type) {
+	case *pb.PutRequest:
+		return putCharge + int64(len(r.Key)+len(r.Value))
+	case *pb.TxnRequest:
+		return max(chargeOps(r.Success), chargeOps(r.Failure))
+	case *pb.LeaseGrantRequest:
+		return leaseCharge
+	}
+	return 0
+}
+
+func chargeOps(ops []*pb.RequestOp) (sum int64) {
+	for _, op := range ops {
+		switch o := op.Request.(type) {
+		case *pb.RequestOp_RequestPut:
+			sum += charge(o.RequestPut)
+		case *pb.RequestOp_RequestTxn:
+			sum += charge(o.RequestTxn)
+		}
+	}
+	return sum
+}
+
+// checkSpace refuses what would grow the database past its quota, and raises the NOSPACE alarm when
+// it does so for the first time. What only deletes or reads always goes through.
+func (b *batch) checkSpace(req any) error {
+	c := charge(req)
+	if c == 0 || b.db.opts.QuotaBytes < 0 {
+		return nil
+	}
+	if b.db.alarms.current().has(pb.AlarmType_NOSPACE) {
+		return ErrNoSpace
+	}
+	if b.st.logical+c > b.db.opts.QuotaBytes {
+		b.changeAlarm(alarmKey{b.db.opts.MemberID, pb.AlarmType_NOSPACE}, true)
+		return ErrNoSpace
+	}
+	return nil
+}
+
+// roomAgain is the share of the quota below which a NOSPACE alarm of our own clears itself, in percent:
+// far enough from the quota that it does not come back with the next write.
+const roomAgain = 95
+
+// hasRoomAgain says whether the NOSPACE alarm should go.
+func (db *DB) hasRoomAgain() bool {
+	q := db.opts.QuotaBytes
+	return db.alarms.current().has(pb.AlarmType_NOSPACE) && (q < 0 || db.st.logical < q/100*roomAgain)
+}

@@ -1,0 +1,255 @@
+package backend
+
+import (
+	"context"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+)
+
+// state is what only the holder of the commit token reads and writes: the store ahead of the Views.
+type state struct {
+	keys    *treeEdit
+	rev     int64 // newest revision
+	compact int64 // compaction revision; -1: never compacted, as etcd counts
+	nextID  int64 // id of the next row
+	applied uint64
+	clock   int64 // µs; the newest committed_at: time does not run backwards in the history
+	logical int64 // bytes of keys and values, and rowOverhead for each row, of all rows not compacted
+
+	// log names the records at or after the compaction revision in the order of their revisions:
+	// what compaction will walk next.
+	log revisionLog
+	// waiting holds the tombstones at exactly the compaction revision: they go with the next one.
+	waiting []uint32
+	// tombs holds the keys of the tombstones in log and in waiting.
+	tombs map[uint32]string
+
+	views        []*View // replaced Views, oldest first, until nobody holds them
+	retired      []uint32
+	retiredSlots []uint32
+	garbage      []int64 // ids of rows that nothing refers to, to be deleted
+}
+
+// rowOverhead is what a row is taken to cost beside its key and value, in bytes.
+const rowOverhead = 64
+
+// row is one row of the revision table on its way there.
+type row struct {
+	id, rev, sub           int64
+	create, version, lease int64
+	deleted                bool
+	author                 string
+	key, value             []byte
+	rec                    uint32
+	frame                  Frame // as an event carries it
+}
+
+// batch is a number of Commands being applied one after the other to the committer's state, and the
+// rows that come of them. Until its rows are durable nothing of it is visible: readers skip records
+// newer than their View. If they cannot be written, rollback puts everything back.
+type batch struct {
+	ctx    context.Context
+	db     *DB
+	st     *state
+	reader // reads the state as the Commands before left it, and the current one's own changes
+
+	now    int64 // µs; the only clock there is in apply
+	author string
+	begin  int64 // revision before the current Command
+	sub    int64 // rows of the current Command so far
+
+	rows        []row
+	undo        []undoWrite
+	leases      leaseChanges
+	compacted   bool // the compaction revision moved
+	alarms      bool // the alarms changed
+	failure     error
+	was         savedState
+	alarmsWere  alarmSet
+	alarmsHeard []alarmChange
+}
+
+type undoWrite struct {
+	slot    uint32
+	oldHead uint32
+	rec     uint32
+	newSlot bool
+}
+
+// savedState is the part of state that a rollback sets back by value.
+type savedState struct {
+	keys    *tree
+	rev     int64
+	compact int64
+	nextID  int64
+	applied uint64
+	logical int64
+	logLen  int
+}
+
+func (db *DB) newBatch(ctx context.Context, now int64) *batch {
+	st := &db.st
+	st.clock = max(st.clock, now)
+	b := &batch{
+		ctx: ctx, db: db, st: st, now: st.clock,
+		was: savedState{
+			keys: st.keys.tree(), rev: st.rev, compact: st.compact, nextID: st.nextID,
+			applied: st.applied, logical: st.logical, logLen: st.log.len(),
+		},
+		alarmsWere: db.alarms.current(),
+		leases:     leaseChanges{table: &db.leases},
+	}
+	b.reader = reader{index: db.index, keys: st.keys, rev: st.rev, compact: st.compact, row: b.readRow}
+	return b
+}
+
+// readRow reads a row for apply: one of this batch from memory, an older one through the writing
+// connection, which the committer owns.
+func (b *batch) readRow(_ context.Context, id int64) (Frame, error) {
+	if i := id - b.was.nextID; i >= 0 && i < int64(len(b.rows)) {
+		return b.rows[i].frame, nil
+	}
+	f, err := b.db.log.frame(id)
+	if err != nil {
+		b.failure = err
+	}
+	return f, err
+}
+
+// next begins a Command.
+func (b *batch) next(author string) {
+	b.author, b.begin, b.sub = author, b.st.rev, 0
+	b.reader.rev, b.reader.compact = b.st.rev, b.st.compact
+	b.st.applied++
+}
+
+// write is the one place where a revision of a key comes into being. live says whether the key exists.
+func (b *batch) write(slot uint32, known bool, kv *keyValue, deleted bool) {
+	st, ix := b.st, b.db.index
+	u := undoWrite{slot: slot}
+	if known {
+		u.oldHead = ix.slots.head(slot)
+	} else {
+		u.slot, u.newSlot = ix.slots.alloc(), true
+	}
+	kv.mod = b.begin + 1
+	u.rec = ix.recs.alloc()
+	r := ix.recs.at(u.rec)
+	r.id, r.rev, r.create, r.version, r.lease = st.nextID, kv.mod, kv.create, kv.version, kv.lease
+	r.prev, r.size = u.oldHead, uint32(len(kv.key)+len(kv.value))
+
+	w := row{
+		id: st.nextID, rev: kv.mod, sub: b.sub, create: kv.create, version: kv.version, lease: kv.lease,
+		deleted: deleted, author: b.author, key: kv.key, value: kv.value, rec: u.rec,
+	}
+	if deleted {
+		w.frame = kv.appendFrame(make([]byte, 0, kv.frameSize()))
+		w.key = w.frame.Key()
+		st.tombs[u.rec] = string(kv.key)
+	} else {
+		w.frame = ix.vals.add(u.rec, kv)
+	}
+	if u.oldHead != 0 {
+		ix.vals.supersede(ix.recs.at(u.oldHead))
+	}
+	ix.slots.setHead(u.slot, u.rec)
+	st.keys.set(kv.key, u.slot, !deleted)
+	st.log.push(u.rec)
+	st.logical += int64(r.size) + rowOverhead
+	st.nextID++
+	st.rev = kv.mod
+	b.reader.rev = kv.mod
+	b.sub++
+	b.undo = append(b.undo, u)
+	b.rows = append(b.rows, w)
+}
+
+func (b *batch) put(key, value []byte, lease int64) {
+	kv := keyValue{key: key, value: value, create: b.begin + 1, version: 1, lease: lease}
+	var oldLease int64
+	slot, live, known := b.st.keys.get(key)
+	if live {
+		r := b.db.index.recs.at(b.db.index.slots.head(slot))
+		kv.create, kv.version, oldLease = r.create, r.version+1, r.lease
+	}
+	b.write(slot, known, &kv, false)
+	b.leases.move(string(key), oldLease, lease)
+}
+
+// deleteKeys deletes every key of k that exists, in key order, and returns how many.
+func (b *batch) deleteKeys(k keyRange) int64 {
+	var keys [][]byte
+	b.visit(k, b.reader.rev, false, func(key []byte, _ uint32, _ *record) bool {
+		keys = append(keys, append([]byte(nil), key...))
+		return true
+	})
+	for _, key := range keys {
+		slot, _, _ := b.st.keys.get(key)
+		lease := b.db.index.recs.at(b.db.index.slots.head(slot)).lease
+		b.write(slot, true, &keyValue{key: key}, true)
+		b.leases.move(string(key), lease, 0)
+	}
+	return int64(len(keys))
+}
+
+// dirty says whether anything has to be written.
+func (b *batch) dirty() bool {
+	return len(b.rows) > 0 || b.leases.any() || b.compacted || b.alarms
+}
+
+// rollback undoes the batch in memory.
+func (b *batch) rollback() {
+	st, ix := b.st, b.db.index
+	for i := len(b.undo) - 1; i >= 0; i-- {
+		u := b.undo[i]
+		ix.slots.setHead(u.slot, u.oldHead)
+		if u.oldHead != 0 {
+			ix.vals.restore(ix.recs.at(u.oldHead))
+		}
+		delete(st.tombs, u.rec)
+		// A reader may be looking at the record on its way past it: it is freed with its View.
+		st.retired = append(st.retired, u.rec)
+		if u.newSlot {
+			st.retiredSlots = append(st.retiredSlots, u.slot)
+		}
+	}
+	st.keys = b.was.keys.edit()
+	st.rev, st.compact, st.nextID = b.was.rev, b.was.compact, b.was.nextID
+	st.applied, st.logical = b.was.applied, b.was.logical
+	st.log.truncate(b.was.logLen)
+	b.leases.rollback()
+	b.db.alarms.set(b.alarmsWere)
+}
+
+// events turns the rows into what watchers see.
+func (b *batch) events() []Event {
+	events := make([]Event, len(b.rows))
+	for i := range b.rows {
+		w := &b.rows[i]
+		events[i] = Event{Rev: w.rev, Type: mvccpb.Event_PUT, Key: w.frame.Key(), KV: w.frame}
+		if w.deleted {
+			events[i].Type = mvccpb.Event_DELETE
+		}
+	}
+	return events
+}
+
+// revisionLog is a queue of record numbers.
+type revisionLog struct {
+	items []uint32
+	head  int
+}
+
+func (l *revisionLog) len() int       { return len(l.items) - l.head }
+func (l *revisionLog) push(n uint32)  { l.items = append(l.items, n) }
+func (l *revisionLog) front() uint32  { return l.items[l.head] }
+func (l *revisionLog) truncate(n int) { l.items = l.items[:l.head+n] }
+func (l *revisionLog) pop() (n uint32) {
+	n = l.items[l.head]
+	l.head++
+	if l.head > 4096 && l.head > len(l.items)/2 {
+		l.items = append(l.items[:0], l.items[l.head:]...)
+		l.head = 0
+	}
+	return n
+}

@@ -1,0 +1,169 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+)
+
+// CheckReport is what CheckSQLite found.
+type CheckReport struct {
+	Revision, CompactRevision int64
+	Rows, Keys, Leases        int64
+	Problems                  []string // empty: the database is sound
+}
+
+// maxProblems bounds the report: a damaged file has either few or countless.
+const maxProblems = 100
+
+// CheckSQLite reads a whole database, which no quire may have open, and reports everything in it that is unsound:
+// what SQLite's own integrity check finds, rows out of order, gaps between revisions, and chains of a key's
+// revisions that no sequence of etcd requests can have made. It changes nothing but for what opening a database
+// after a crash changes. progress, which may be nil, is called with rows.
+func CheckSQLite(ctx context.Context, path string, progress func(done, total int64)) (CheckReport, error) {
+	if _, err := os.Stat(path); err != nil {
+		return CheckReport{}, fmt.Errorf("there is no database to check: %w", err)
+	}
+	file, err := openSQLiteFile(ctx, path)
+	if err != nil {
+		return CheckReport{}, err
+	}
+	c := &checker{keys: make(map[string]checkedKey), leases: make(map[int64]bool), compact: -1}
+	err = c.run(ctx, file.writer, progress)
+	return c.report, errors.Join(err, file.close())
+}
+
+type checkedKey struct {
+	rev, create, version, lease int64
+	deleted                     bool
+}
+
+type checker struct {
+	report  CheckReport
+	keys    map[string]checkedKey
+	leases  map[int64]bool
+	compact int64
+
+	id, rev, sub, at int64
+}
+
+func (c *checker) problem(format string, args ...any) {
+	if len(c.report.Problems) < maxProblems {
+		c.report.Problems = append(c.report.Problems, fmt.Sprintf(format, args...))
+	}
+}
+
+func (c *checker) run(ctx context.Context, db *conn, progress func(done, total int64)) error {
+	err := eachRow(db, "PRAGMA integrity_check", func(s *stmt) error {
+		if line := s.columnText(0); line != "ok" {
+			c.problem("SQLite's integrity check: %s", line)
+		}
+		return ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	err = eachRow(db, sqliteMeta, func(s *stmt) error {
+		if s.columnText(0) == metaCompactRevision {
+			c.compact = s.columnInt64(1)
+			c.report.CompactRevision = max(c.compact, 0)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = eachRow(db, sqliteLeases, func(s *stmt) error {
+		c.leases[s.columnInt64(0)] = true
+		if ttl := s.columnInt64(1); ttl <= 0 || ttl > maxLeaseTTL {
+			c.problem("lease %016x was granted %d seconds", s.columnInt64(0), ttl)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	total, err := db.queryInt64(sqliteCountRows)
+	if err != nil {
+		return err
+	}
+	c.rev = 1
+	err = eachRow(db, sqliteCheckRows, func(s *stmt) error {
+		c.row(s)
+		if c.report.Rows++; c.report.Rows%loadProgressRows == 0 || c.report.Rows == total {
+			if progress != nil {
+				progress(c.report.Rows, total)
+			}
+			return ctx.Err()
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if c.compact > c.rev {
+		c.problem("compacted at revision %d, but the newest revision is %d", c.compact, c.rev)
+	}
+	for _, k := range c.keys {
+		if k.deleted {
+			continue
+		}
+		c.report.Keys++
+		if k.lease != 0 && !c.leases[k.lease] {
+			c.problem("the key last written at revision %d has lease %016x, which does not exist", k.rev, k.lease)
+		}
+	}
+	c.report.Revision, c.report.Leases = c.rev, int64(len(c.leases))
+	return nil
+}
+
+// row checks one row against those before it. Keys and values are not printed: they may be secrets.
+func (c *checker) row(s *stmt) {
+	id, rev, sub := s.columnInt64(0), s.columnInt64(1), s.columnInt64(2)
+	k := checkedKey{rev: rev, create: s.columnInt64(3), version: s.columnInt64(4), lease: s.columnInt64(5), deleted: s.columnInt64(6) != 0}
+	at, size := s.columnInt64(7), s.columnInt64(8)
+	switch {
+	case id <= c.id:
+		c.problem("row %d follows row %d", id, c.id)
+	case rev < c.rev || rev == c.rev && sub <= c.sub && c.id != 0:
+		c.problem("row %d: revision %d.%d follows %d.%d", id, rev, sub, c.rev, c.sub)
+	case rev > c.rev && rev > max(c.compact, c.rev)+1:
+		c.problem("revisions %d to %d are missing before row %d", max(c.compact, c.rev)+1, rev-1, id)
+	}
+	if rev > c.compact {
+		// Nothing of this revision can have been compacted: its rows are numbered from 0 without a gap.
+		want := int64(0)
+		if rev == c.rev && c.id != 0 {
+			want = c.sub + 1
+		}
+		if sub != want {
+			c.problem("row %d: revision %d.%d where %d.%d was expected", id, rev, sub, rev, want)
+		}
+	}
+	if at < c.at {
+		c.problem("row %d: revision %d was committed before the one in front of it", id, rev)
+	}
+	key := string(s.columnBlob(9))
+	prev, seen := c.keys[key]
+	known := seen && rev > c.compact
+	switch {
+	case k.deleted && (k.create != 0 || k.version != 0 || k.lease != 0 || size != 0):
+		c.problem("row %d: a tombstone with a version, lease or value", id)
+	case k.deleted && known && prev.deleted:
+		c.problem("row %d: revision %d deletes a key that does not exist", id, rev)
+	case k.deleted:
+	case k.version < 1 || k.create < 2 || k.create > rev:
+		c.problem("row %d: revision %d has version %d and create revision %d", id, rev, k.version, k.create)
+	case k.version == 1 && k.create != rev:
+		c.problem("row %d: revision %d is a first version, but created at %d", id, rev, k.create)
+	case !seen && rev > c.compact && k.version != 1:
+		c.problem("row %d: revision %d has version %d, but nothing of its key is left before it", id, rev, k.version)
+	case known && prev.deleted && k.version != 1:
+		c.problem("row %d: revision %d has version %d after a delete", id, rev, k.version)
+	case known && !prev.deleted && (k.version != prev.version+1 || k.create != prev.create):
+		c.problem("row %d: revision %d has version %d, created %d, after version %d, created %d", id, rev, k.version, k.create, prev.version, prev.create)
+	}
+	c.keys[key] = k
+	c.id, c.rev, c.sub, c.at = id, rev, sub, at
+}

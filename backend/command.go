@@ -1,0 +1,77 @@
+package backend
+
+import (
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+)
+
+// Command is one write as a value: what goes through the commit queue (and, in a cluster, through the
+// Raft log), and what apply turns into rows.
+//
+// Request is one of *pb.PutRequest, *pb.DeleteRangeRequest, *pb.TxnRequest, *pb.CompactionRequest,
+// *pb.LeaseGrantRequest, *pb.LeaseRevokeRequest, *pb.LeaseKeepAliveRequest, *pb.AlarmRequest.
+// It belongs to the caller; apply reads it and does not change it.
+type Command struct {
+	Request proto.Message
+	// Author is who asks: the authenticated user, else the common name of the client's certificate,
+	// else empty. It is kept with every row.
+	Author string
+}
+
+// expireLeases is the Command of the lease loop: revoke what is due at the time of the batch. That
+// apply decides, and not the loop, is what makes a keepalive that came first win.
+type expireLeases struct{ max int }
+
+// Options of a database. The zero value is a usable default.
+type Options struct {
+	// QuotaBytes bounds the bytes of keys and values (and a little for each row) of everything that
+	// is not compacted. 0: etcd's default of 2 GiB; negative: no quota.
+	QuotaBytes int64
+	// ValueCacheBytes bounds the memory for resident values. 0: 256 MiB.
+	ValueCacheBytes int64
+	// MinLeaseTTL in seconds; a smaller TTL is raised to it, as etcd does. 0: 2, which is what an etcd
+	// with default timers has (1.5 election timeouts, rounded up).
+	MinLeaseTTL int64
+	// MemberID stands in alarms that this process raises.
+	MemberID uint64
+	Hooks    Hooks
+}
+
+const (
+	defaultQuotaBytes      = 2 << 30
+	defaultValueCacheBytes = 256 << 20
+	defaultMinLeaseTTL     = 2
+)
+
+func (o Options) withDefaults() Options {
+	if o.QuotaBytes == 0 {
+		o.QuotaBytes = defaultQuotaBytes
+	}
+	if o.ValueCacheBytes == 0 {
+		o.ValueCacheBytes = defaultValueCacheBytes
+	}
+	if o.MinLeaseTTL == 0 {
+		o.MinLeaseTTL = defaultMinLeaseTTL
+	}
+	return o
+}
+
+// Hooks report what happens to the outside: this package neither logs nor counts. Any may be nil.
+// They are called from the commit path or from background loops, and must not block.
+type Hooks struct {
+	// LoadProgress is called while a database is opened, in rows.
+	LoadProgress func(done, total int64)
+	// BatchCommitted is called after each durable batch: how long apply took, how long the
+	// transaction with its sync took, and both together with publishing.
+	BatchCommitted func(commands, rows int, apply, sync, total time.Duration)
+	// CompactionDone is called when the rows that compaction at rev made unreachable are gone.
+	CompactionDone func(rev, rows int64, took time.Duration)
+	LeaseExpired   func(id int64)
+	Alarm          func(a *pb.AlarmMember, raised bool)
+	// StorageError is called when a batch or a background step could not be written,
+	// StorageHealed when the next one could.
+	StorageError  func(err error)
+	StorageHealed func()
+}

@@ -1,0 +1,388 @@
+package backend
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+)
+
+// Bounds of one batch. A batch takes what is waiting, up to these; what is left goes into the next.
+const (
+	maxBatchCommands = 1024
+	maxBatchBytes    = 8 << 20
+)
+
+// pending is one entry of the commit queue: a Command, or one of our own kinds.
+type pending struct {
+	cmd    Command
+	expire *expireLeases
+	// step is background work of the committer (compaction, vacuum): it runs alone, between batches.
+	step func() error
+
+	size    int
+	resp    proto.Message
+	expired []int64
+	err     error
+	// ready receives one value: false when the entry is done, true when its goroutine is to commit.
+	ready chan bool
+}
+
+// queue is where writes wait. Its length is bounded by the number of callers: each has one entry in it
+// and is blocked until that is done, and the API bounds how many calls are open.
+//
+// Whoever holds the commit token commits. A write that finds the queue idle takes the token and commits
+// itself, without a hand-over to another goroutine: that is the latency of one client. What arrives
+// meanwhile is committed by the committer goroutine, which keeps the token until the queue is empty:
+// that is the throughput of many.
+type queue struct {
+	mu     sync.Mutex
+	items  []*pending
+	steps  []*pending
+	busy   bool // somebody holds the commit token
+	closed bool
+	idle   sync.Cond     // signalled when the token is put down
+	wake   chan struct{} // hands the token to the committer goroutine
+}
+
+func (q *queue) init() {
+	q.idle.L = &q.mu
+	q.wake = make(chan struct{}, 1)
+}
+
+// whenIdle waits until nobody holds the commit token. REQUIRES: the queue is closed, so it stays so.
+func (q *queue) whenIdle() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.busy {
+		q.idle.Wait()
+	}
+}
+
+// putDown gives the commit token up. REQUIRES: q.mu is held and the queue is empty.
+func (q *queue) putDown() {
+	q.busy = false
+	q.idle.Broadcast()
+}
+
+// Write commits cmd with the next batch. It returns when cmd is durable, as durable as the storage mode
+// promises (sqlite: synced to the disk), and visible to every View taken from then on. The answer is the
+// pb response of the request, its header holding the revision alone; it belongs to the caller.
+//
+// Commands take effect in the order in which they enter the queue, and that order is the order of their
+// revisions. When ctx ends while cmd waits in the queue, cmd is withdrawn; when it is being committed, Write
+// returns ctx's error and cmd takes effect or not, as after any lost answer. ErrDiskFull means that nothing
+// was changed, ErrStorage that it is not known whether the write will be there after a restart.
+func (db *DB) Write(ctx context.Context, cmd Command) (proto.Message, error) {
+	if g, ok := cmd.Request.(*pb.LeaseGrantRequest); ok && g.ID == 0 {
+		return db.grantDrawn(ctx, cmd, g)
+	}
+	p := &pending{cmd: cmd, size: proto.Size(cmd.Request)}
+	if err := db.submitAndWait(ctx, p); err != nil {
+		return nil, err
+	}
+	return p.resp, p.err
+}
+
+// grantDrawn draws the id of a lease: apply may not. An id that is taken is drawn again.
+func (db *DB) grantDrawn(ctx context.Context, cmd Command, g *pb.LeaseGrantRequest) (proto.Message, error) {
+	for {
+		var b [8]byte
+		if _, err := rand.Read(b[:]); err != nil {
+			return nil, fmt.Errorf("drawing a lease id: %w", err)
+		}
+		id := int64(binary.BigEndian.Uint64(b[:]) &^ (1 << 63))
+		if id == 0 {
+			continue
+		}
+		cmd.Request = &pb.LeaseGrantRequest{ID: id, TTL: g.TTL}
+		resp, err := db.Write(ctx, cmd)
+		if errors.Is(err, ErrLeaseExists) {
+			continue
+		}
+		return resp, err
+	}
+}
+
+// submit queues one of our own entries and waits for it.
+func (db *DB) submit(ctx context.Context, p *pending) (*pending, error) {
+	if err := db.submitAndWait(ctx, p); err != nil {
+		return nil, err
+	}
+	return p, p.err
+}
+
+func (db *DB) submitAndWait(ctx context.Context, p *pending) error {
+	q := &db.queue
+	q.mu.Lock()
+	if q.closed {
+		q.mu.Unlock()
+		return ErrClosed
+	}
+	if !q.busy {
+		q.busy = true
+		q.mu.Unlock()
+		db.commit([]*pending{p})
+		db.handOver()
+		return nil
+	}
+	p.ready = make(chan bool, 1)
+	if p.step != nil {
+		q.steps = append(q.steps, p)
+	} else {
+		q.items = append(q.items, p)
+	}
+	q.mu.Unlock()
+	select {
+	case <-p.ready:
+		return nil
+	case <-ctx.Done():
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, o := range q.items {
+		if o == p {
+			q.items = append(q.items[:i], q.items[i+1:]...)
+			break
+		}
+	}
+	return ctx.Err()
+}
+
+// handOver gives the commit token to the committer goroutine if anything waits, and else puts it down.
+func (db *DB) handOver() {
+	q := &db.queue
+	q.mu.Lock()
+	more := len(q.items)+len(q.steps) > 0
+	if !more {
+		q.putDown()
+	}
+	q.mu.Unlock()
+	if more {
+		q.wake <- struct{}{}
+	}
+}
+
+// commitLoop commits batches while the queue has any. After each batch one background step may run, so
+// that neither can keep the other waiting.
+func (db *DB) commitLoop() {
+	defer close(db.committerDone)
+	q := &db.queue
+	for range q.wake {
+		for {
+			q.mu.Lock()
+			items, step := q.take()
+			if len(items) == 0 && step == nil {
+				q.putDown()
+				q.mu.Unlock()
+				break
+			}
+			q.mu.Unlock()
+			if len(items) > 0 {
+				db.commit(items)
+			}
+			if step != nil {
+				db.commit([]*pending{step})
+			}
+		}
+	}
+}
+
+// take removes the next batch and at most one step. REQUIRES: q.mu is held.
+func (q *queue) take() (items []*pending, step *pending) {
+	n, bytes := 0, 0
+	for n < len(q.items) && n < maxBatchCommands && (n == 0 || bytes+q.items[n].size <= maxBatchBytes) {
+		bytes += q.items[n].size
+		n++
+	}
+	if n == len(q.items) {
+		items, q.items = q.items, nil
+	} else {
+		items = append([]*pending(nil), q.items[:n]...)
+		q.items = append(q.items[:0], q.items[n:]...)
+	}
+	if len(q.steps) > 0 {
+		step = q.steps[0]
+		q.steps = append(q.steps[:0], q.steps[1:]...)
+	}
+	return items, step
+}
+
+// commit makes one batch of items durable, visible and answered, in this order. REQUIRES: the commit token.
+func (db *DB) commit(items []*pending) {
+	if items[0].step != nil {
+		items[0].err = items[0].step()
+	} else {
+		db.commitBatch(items)
+	}
+	for _, p := range items {
+		if p.ready != nil {
+			p.ready <- false
+		}
+	}
+}
+
+func (db *DB) commitBatch(items []*pending) {
+	start := time.Now()
+	if db.broken != nil {
+		// The last batch could not be written. Before the next, make sure that the database is
+		// where we left it.
+		if err := db.log.resume(db.st.nextID); err != nil {
+			db.fail(items, err)
+			return
+		}
+	}
+	b := db.newBatch(db.ctx, start.UnixMicro())
+
+	// Apply: Commands become rows and answers, in memory.
+	for _, p := range items {
+		if p.expire != nil {
+			p.expired = b.applyExpiry(p.expire)
+		} else {
+			p.resp, p.err = b.apply(p.cmd)
+		}
+		if b.failure != nil {
+			b.rollback()
+			db.fail(items, b.failure)
+			return
+		}
+	}
+	applied := time.Now()
+
+	// Durable: one transaction, one sync.
+	if b.dirty() {
+		if err := db.log.write(b); err != nil {
+			b.rollback()
+			db.fail(items, err)
+			return
+		}
+		db.noteStorage(nil)
+	}
+	synced := time.Now()
+
+	// Visible: to readers, then to watchers.
+	moved := len(b.rows) > 0 || b.compacted
+	if len(b.rows) > 0 {
+		db.ring.add(b.events())
+		for i := range b.rows {
+			db.marks.add(b.rows[i].rev, b.rows[i].id)
+		}
+	}
+	if moved {
+		db.publish()
+	}
+	b.leases.unlock()
+	db.appliedIndex.Store(db.st.applied)
+	db.logical.Store(db.st.logical)
+	if moved {
+		db.notify(db.st.rev)
+	}
+	if b.compacted {
+		db.compactor.wake()
+	}
+
+	h := &db.opts.Hooks
+	if h.BatchCommitted != nil {
+		h.BatchCommitted(len(items), len(b.rows), applied.Sub(start), synced.Sub(applied), time.Since(start))
+	}
+	for _, c := range b.alarmsHeard {
+		if h.Alarm != nil {
+			h.Alarm(&pb.AlarmMember{MemberID: c.key.member, Alarm: c.key.alarm}, c.raised)
+		}
+	}
+	for _, p := range items {
+		for _, id := range p.expired {
+			if h.LeaseExpired != nil {
+				h.LeaseExpired(id)
+			}
+		}
+	}
+}
+
+// fail answers every entry of a batch that could not be written.
+func (db *DB) fail(items []*pending, err error) {
+	err = db.log.storageError(err)
+	db.noteStorage(err)
+	for _, p := range items {
+		p.resp, p.expired, p.err = nil, nil, err
+	}
+}
+
+// noteStorage keeps whether the storage takes writes, for Err and the hooks.
+func (db *DB) noteStorage(err error) {
+	was := db.broken
+	if err == nil && was == nil {
+		return
+	}
+	db.broken = err
+	if err == nil {
+		db.err.Store(nil)
+	} else {
+		db.err.Store(&err)
+	}
+	h := &db.opts.Hooks
+	switch {
+	case err != nil && h.StorageError != nil:
+		h.StorageError(err)
+	case err == nil && h.StorageHealed != nil:
+		h.StorageHealed()
+	}
+}
+
+// Err says why the storage does not take writes at present, nil when it does. Every write tries again, so
+// the error goes away by itself when its cause does.
+func (db *DB) Err() error {
+	if p := db.err.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// notify tells the subscribers that there is a new revision.
+func (db *DB) notify(rev int64) {
+	if subs := db.subscribers.Load(); subs != nil {
+		for _, s := range *subs {
+			s.f(rev)
+		}
+	}
+}
+
+type subscriber struct{ f func(rev int64) }
+
+// Subscribe has f called with the newest revision after each batch that raised it, or the compaction
+// revision, once that is visible. It is a hint, not an event: f must not block and must not write. cancel
+// ends it; a call that is under way may still finish.
+func (db *DB) Subscribe(f func(rev int64)) (cancel func()) {
+	db.subscribeMu.Lock()
+	defer db.subscribeMu.Unlock()
+	s := &subscriber{f}
+	db.setSubscribers(func(all []*subscriber) []*subscriber { return append(all, s) })
+	return func() {
+		db.subscribeMu.Lock()
+		defer db.subscribeMu.Unlock()
+		db.setSubscribers(func(all []*subscriber) []*subscriber {
+			var rest []*subscriber
+			for _, o := range all {
+				if o != s {
+					rest = append(rest, o)
+				}
+			}
+			return rest
+		})
+	}
+}
+
+func (db *DB) setSubscribers(change func([]*subscriber) []*subscriber) {
+	var all []*subscriber
+	if p := db.subscribers.Load(); p != nil {
+		all = append(all, *p...)
+	}
+	all = change(all)
+	db.subscribers.Store(&all)
+}

@@ -1,0 +1,300 @@
+package backend
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+// Compaction has two halves. The Command moves the compaction revision, and from then on nothing older
+// can be asked for. The rows that nobody can see any more are removed behind it, in small steps that
+// run between batches (see queue): which rows those are is known from the records, without a scan.
+//
+// What goes, when the store is compacted at C (etcd's key index does the same):
+//   - a revision that was superseded at or before C;
+//   - a tombstone before C. One at exactly C stays until the next compaction, because a watch that
+//     starts at C must still see that DELETE (etcd #19179).
+//
+// Example, compacted at 5:
+//
+//	a: 2 put, 4 put, 7 put   -> 2 goes; 4 is what a Range at 5 or 6 sees
+//	b: 3 put, 5 delete       -> 3 goes; the tombstone 5 stays until the next compaction
+//	c: 2 put, 3 delete       -> both go, and the key with them
+const (
+	sweepEntries = 1024 // records that one step looks at
+	deleteRows   = 256  // rows that one step deletes; under a millisecond
+	vacuumPages  = 64   // pages that one step gives back; about a millisecond
+)
+
+// Free pages are kept for reuse up to this: giving every page back only to ask for it again would be
+// work for nothing.
+const (
+	keepFreePages   = 256
+	keepFreePercent = 10
+)
+
+// compactor is the background half.
+type compactor struct {
+	kick chan struct{}
+
+	mu    sync.Mutex
+	swept int64         // no row is left that a compaction up to here made unreachable
+	moved chan struct{} // closed and replaced when swept moves
+}
+
+func (c *compactor) init() {
+	c.kick = make(chan struct{}, 1)
+	c.moved = make(chan struct{})
+	c.swept = -1
+}
+
+func (c *compactor) wake() {
+	select {
+	case c.kick <- struct{}{}:
+	default:
+	}
+}
+
+func (c *compactor) done(rev int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if rev > c.swept {
+		c.swept = rev
+		close(c.moved)
+		c.moved = make(chan struct{})
+	}
+}
+
+// WaitCompacted returns when the rows that compaction at rev made unreachable are gone from the database
+// (CompactionRequest.physical).
+func (db *DB) WaitCompacted(ctx context.Context, rev int64) error {
+	for {
+		db.compactor.mu.Lock()
+		swept, moved := db.compactor.swept, db.compactor.moved
+		db.compactor.mu.Unlock()
+		if swept >= rev {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-db.ctx.Done():
+			return ErrClosed
+		}
+	}
+}
+
+// stepRetry is how long the compactor waits after a step that could not be written.
+const stepRetry = time.Second
+
+func (db *DB) compactLoop() {
+	defer db.background.Done()
+	for {
+		select {
+		case <-db.compactor.kick:
+		case <-db.ctx.Done():
+			return
+		}
+		for db.compactOnce() != nil {
+			if !db.pause(stepRetry) {
+				return
+			}
+		}
+	}
+}
+
+func (db *DB) pause(d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-db.ctx.Done():
+		return false
+	}
+}
+
+// compactOnce removes everything that the present compaction revision made unreachable, and returns free
+// space to the file system.
+func (db *DB) compactOnce() error {
+	start := time.Now()
+	target := db.current.Load().compact
+	if err := db.waitForReaders(target); err != nil {
+		return err
+	}
+	var rows int64
+	for done := false; !done; {
+		took, err := db.step(func() error {
+			n, more, err := db.sweep(target)
+			rows, done = rows+int64(n), !more
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		// Half of the time belongs to others, whatever the disk.
+		if !done && !db.pause(min(took, 20*time.Millisecond)) {
+			return db.ctx.Err()
+		}
+	}
+	if err := db.clearNoSpace(); err != nil {
+		return err
+	}
+	for done := false; !done; {
+		took, err := db.step(func() error {
+			var err error
+			done, err = db.log.vacuum(vacuumPages)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if !done && !db.pause(min(took, 20*time.Millisecond)) {
+			return db.ctx.Err()
+		}
+	}
+	db.marks.dropBefore(target)
+	db.compactor.done(target)
+	if h := db.opts.Hooks.CompactionDone; h != nil && rows > 0 {
+		h(target, rows, time.Since(start))
+	}
+	return nil
+}
+
+// step runs f under the commit token and says how long it took. An error is reported.
+func (db *DB) step(f func() error) (took time.Duration, err error) {
+	_, err = db.submit(db.ctx, &pending{step: func() error {
+		start := time.Now()
+		defer func() { took = time.Since(start) }()
+		return f()
+	}})
+	if err != nil && db.ctx.Err() == nil && db.opts.Hooks.StorageError != nil {
+		db.opts.Hooks.StorageError(db.log.storageError(err))
+	}
+	return took, err
+}
+
+// waitForReaders waits until nobody holds a View from before the compaction at target: then no reader can
+// reach what it made unreachable.
+func (db *DB) waitForReaders(target int64) error {
+	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		var oldest int64
+		if _, err := db.step(func() error { oldest = db.oldestCompact(); return nil }); err != nil {
+			return err
+		}
+		if oldest >= target {
+			return nil
+		}
+		if !db.pause(wait) {
+			return db.ctx.Err()
+		}
+	}
+}
+
+// sweep takes the next records up to target out of memory, and deletes the next rows; more says whether
+// there is more to do. REQUIRES: the commit token; no View is held that is older than the compaction at
+// target.
+func (db *DB) sweep(target int64) (rows int, more bool, err error) {
+	st := &db.st
+	treeChanged := false
+	n := 0
+	room := func() bool { n++; return n <= sweepEntries && len(st.garbage) < deleteRows }
+	for len(st.waiting) > 0 && db.index.recs.at(st.waiting[0]).rev < target && room() {
+		treeChanged = db.sweepTombstone(st.waiting[0]) || treeChanged
+		st.waiting = st.waiting[1:]
+	}
+	for st.log.len() > 0 && room() {
+		rec := st.log.front()
+		r := db.index.recs.at(rec)
+		if r.rev > target {
+			break
+		}
+		st.log.pop()
+		if r.prev != 0 {
+			db.sweepSuperseded(r)
+		}
+		switch {
+		case !r.tombstone():
+		case r.rev == target:
+			st.waiting = append(st.waiting, rec)
+		default:
+			treeChanged = db.sweepTombstone(rec) || treeChanged
+		}
+	}
+	if treeChanged {
+		db.publish()
+	}
+	db.logical.Store(st.logical)
+
+	ids := st.garbage[:min(len(st.garbage), deleteRows)]
+	if len(ids) > 0 {
+		if err := db.log.deleteRows(ids); err != nil {
+			return 0, true, err
+		}
+		rows = len(ids)
+		st.garbage = st.garbage[rows:]
+	}
+	return rows, len(st.garbage) > 0 || db.sweepable(target), nil
+}
+
+// sweepable says whether records up to target are left.
+func (db *DB) sweepable(target int64) bool {
+	st := &db.st
+	return len(st.waiting) > 0 && db.index.recs.at(st.waiting[0]).rev < target ||
+		st.log.len() > 0 && db.index.recs.at(st.log.front()).rev <= target
+}
+
+// sweepSuperseded frees the record before r. No reader walks past r: they all read at r's revision or later.
+func (db *DB) sweepSuperseded(r *record) {
+	prev := db.index.recs.at(r.prev)
+	if prev.id != 0 {
+		db.dropRow(prev)
+	}
+	db.freeRecord(r.prev)
+	r.prev = 0
+}
+
+// sweepTombstone drops the row of a tombstone, and if nothing has been written to the key since, the key.
+// It reports whether the tree changed. A tombstone that has been written over stays in memory, without its
+// row, until what follows it is swept.
+func (db *DB) sweepTombstone(rec uint32) (treeChanged bool) {
+	st := &db.st
+	r := db.index.recs.at(rec)
+	key := []byte(st.tombs[rec])
+	delete(st.tombs, rec)
+	db.dropRow(r)
+	r.id = 0
+	slot, _, ok := st.keys.get(key)
+	if !ok || db.index.slots.head(slot) != rec {
+		return false
+	}
+	st.keys.delete(key)
+	// Readers of the present View may be standing on both.
+	st.retired = append(st.retired, rec)
+	st.retiredSlots = append(st.retiredSlots, slot)
+	return true
+}
+
+func (db *DB) dropRow(r *record) {
+	db.st.garbage = append(db.st.garbage, r.id)
+	db.st.logical -= int64(r.size) + rowOverhead
+}
+
+// clearNoSpace lets the NOSPACE alarm go when compaction has made room.
+func (db *DB) clearNoSpace() error {
+	room := false
+	if _, err := db.step(func() error { room = db.hasRoomAgain(); return nil }); err != nil || !room {
+		return err
+	}
+	for k := range db.alarms.current() {
+		if k.alarm != pb.AlarmType_NOSPACE {
+			continue
+		}
+		clear := &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: k.member, Alarm: k.alarm}
+		if _, err := db.Write(db.ctx, Command{Request: clear}); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+)
+
+// DB is one open database. All its methods may be called by any number of goroutines at once.
+type DB struct {
+	opts  Options
+	log   *sqliteLog
+	index *index
+
+	current atomic.Pointer[View]
+	ring    eventRing
+	marks   rowMarks
+	leases  leaseTable
+	alarms  alarms
+
+	queue         queue
+	committerDone chan struct{}
+	// st and broken belong to the holder of the commit token (queue.busy).
+	st     state
+	broken error
+	err    atomic.Pointer[error]
+
+	appliedIndex atomic.Uint64
+	logical      atomic.Int64
+
+	subscribeMu sync.Mutex
+	subscribers atomic.Pointer[[]*subscriber]
+
+	compactor  compactor
+	ctx        context.Context // ends with Close
+	cancel     context.CancelFunc
+	background sync.WaitGroup
+	closeOnce  sync.Once
+	closeErr   error
+}
+
+// OpenSQLite opens the database file at path, making it and its directory (mode 0700) where they are
+// missing, and loads the index. The file is locked against a second quire; people may read it at any time.
+// Errors wrap ErrInUse, ErrNewerSchema or ErrDamaged, and say what to do.
+func OpenSQLite(ctx context.Context, path string, o Options) (*DB, error) {
+	file, err := openSQLiteFile(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	db, err := openDB(ctx, file, o)
+	if err != nil {
+		if e := asSQLiteError(err); e != nil && e.corrupt() && !errors.Is(err, ErrDamaged) {
+			err = fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), file.close())
+	}
+	return db, nil
+}
+
+func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
+	log, err := newSQLiteLog(file)
+	if err != nil {
+		return nil, err
+	}
+	o = o.withDefaults()
+	recs := newRecords()
+	db := &DB{
+		opts:          o,
+		log:           log,
+		index:         &index{recs: recs, slots: newSlots(), vals: newValues(recs, o.ValueCacheBytes)},
+		committerDone: make(chan struct{}),
+	}
+	db.queue.init()
+	db.leases.init()
+	db.compactor.init()
+	db.ctx, db.cancel = context.WithCancel(context.Background())
+	if err := db.load(ctx); err != nil {
+		return nil, err
+	}
+	db.ring.first = db.st.rev + 1
+	db.appliedIndex.Store(db.st.applied)
+	db.logical.Store(db.st.logical)
+	db.publish()
+
+	go db.commitLoop()
+	db.background.Add(2)
+	go db.expireLoop()
+	go db.compactLoop()
+	// A compaction that the last process did not finish goes on.
+	db.compactor.wake()
+	return db, nil
+}
+
+// Close ends the background work, waits for the batch that is being committed, answers what is still queued with
+// ErrClosed, and closes the file. Views must have been released. It may be called more than once.
+func (db *DB) Close() error {
+	db.closeOnce.Do(func() {
+		q := &db.queue
+		q.mu.Lock()
+		q.closed = true
+		left := append(q.items, q.steps...)
+		q.items, q.steps = nil, nil
+		q.mu.Unlock()
+		for _, p := range left {
+			p.err = ErrClosed
+			p.ready <- false
+		}
+		db.cancel()
+		db.background.Wait()
+		q.whenIdle()
+		close(q.wake)
+		<-db.committerDone
+		db.closeErr = db.log.file.close()
+	})
+	return db.closeErr
+}
+
+// Revision is the newest published revision; 1 in an empty store.
+func (db *DB) Revision() int64 { return db.current.Load().rev }
+
+// CompactRevision is the revision the store is compacted at, 0 when it never was.
+func (db *DB) CompactRevision() int64 { return db.current.Load().CompactRevision() }
+
+// Stats are cheap to ask for: nothing is scanned.
+type Stats struct {
+	DBSize, DBSizeInUse int64 // bytes of the file, and of its pages that are not free
+	Quota               int64 // bytes; negative: none
+	LogicalBytes        int64 // what counts against the quota
+	Keys                int64 // that exist now
+	Revision            int64
+	CompactRevision     int64
+	Leases              int
+	ValueCacheBytes     int64
+	AppliedIndex        uint64 // Commands applied since the database was made
+}
+
+// Stats reports on the newest state.
+func (db *DB) Stats() Stats {
+	v := db.View()
+	defer v.Release()
+	db.leases.mu.RLock()
+	leases := len(db.leases.byID)
+	db.leases.mu.RUnlock()
+	pages, free := db.log.pages.Load(), db.log.freePages.Load()
+	return Stats{
+		DBSize:          pages * db.log.pageBytes,
+		DBSizeInUse:     (pages - free) * db.log.pageBytes,
+		Quota:           db.opts.QuotaBytes,
+		LogicalBytes:    db.logical.Load(),
+		Keys:            int64(v.keys.(*tree).liveLen()),
+		Revision:        v.rev,
+		CompactRevision: v.CompactRevision(),
+		Leases:          leases,
+		ValueCacheBytes: db.index.vals.bytes(),
+		AppliedIndex:    db.appliedIndex.Load(),
+	}
+}

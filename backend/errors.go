@@ -1,0 +1,54 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Errors of a request, in the order of etcd's own table (api/v3rpc/rpctypes). etcdapi/errors.go
+// turns each into etcd's code and text.
+var (
+	// ErrFutureRev: the revision asked for is larger than the store's.
+	ErrFutureRev = errors.New("backend: required revision is a future revision")
+	// ErrCompacted: the revision asked for lies behind the compaction revision. See CompactedError.
+	ErrCompacted = errors.New("backend: required revision has been compacted")
+	// ErrKeyNotFound: ignore_value or ignore_lease on a key that does not exist.
+	ErrKeyNotFound = errors.New("backend: key not found")
+
+	ErrLeaseNotFound    = errors.New("backend: requested lease not found")
+	ErrLeaseExists      = errors.New("backend: lease already exists")
+	ErrLeaseTTLTooLarge = errors.New("backend: too large lease TTL")
+
+	// ErrNoSpace: the quota is used up and the NOSPACE alarm stands. Deletes and compactions go on.
+	ErrNoSpace = errors.New("backend: database space exceeded")
+	// ErrCorrupt: the CORRUPT alarm stands.
+	ErrCorrupt = errors.New("backend: corrupt")
+)
+
+// Errors of the storage.
+var (
+	// ErrClosed: Close was called.
+	ErrClosed = errors.New("backend: the database is closed")
+	// ErrStorage: the batch could not be made durable; it was rolled back in memory, but whether it
+	// will be found after a crash is not known. It wraps the cause.
+	ErrStorage = errors.New("backend: the storage failed")
+	// ErrDiskFull: there was no room on the disk; the batch was rolled back.
+	ErrDiskFull = errors.New("backend: the disk is full")
+)
+
+// Errors of opening. Each is wrapped with what to do.
+var (
+	ErrInUse       = errors.New("database is in use by another process")
+	ErrNewerSchema = errors.New("database was written by a newer quire")
+	ErrDamaged     = errors.New("database file is damaged")
+)
+
+// CompactedError is ErrCompacted together with the revision that the store is compacted at, which a
+// watch response carries (WatchResponse.compact_revision).
+type CompactedError struct{ CompactRevision int64 }
+
+func (e *CompactedError) Error() string {
+	return fmt.Sprintf("%v (compacted at revision %d)", ErrCompacted, e.CompactRevision)
+}
+
+func (e *CompactedError) Is(target error) bool { return target == ErrCompacted }

@@ -1,0 +1,264 @@
+package backend
+
+import (
+	"container/heap"
+	"sort"
+	"sync"
+	"time"
+)
+
+// maxLeaseTTL is etcd's bound, in seconds (lease.MaxLeaseTTL).
+const maxLeaseTTL = 9_000_000_000
+
+// lease is one granted lease. Its deadline is absolute and kept in the database, so a restart neither
+// forgets nor prolongs it.
+type lease struct {
+	id       int64
+	ttl      int64 // seconds, as granted
+	deadline int64 // µs since the epoch
+	keys     map[string]struct{}
+	at       int // place in the heap
+}
+
+// leaseTable holds the leases. The committer changes it, under mu from a batch's first change until
+// that batch is durable or rolled back: so nobody is told of a lease that could still be lost.
+type leaseTable struct {
+	mu   sync.RWMutex
+	byID map[int64]*lease
+	due  leaseHeap
+	// wake tells the expiry loop that the earliest deadline may have changed.
+	wake chan struct{}
+}
+
+func (t *leaseTable) init() {
+	t.byID = make(map[int64]*lease)
+	t.wake = make(chan struct{}, 1)
+}
+
+func (t *leaseTable) insert(l *lease) {
+	t.byID[l.id] = l
+	heap.Push(&t.due, l)
+}
+
+func (t *leaseTable) remove(l *lease) {
+	delete(t.byID, l.id)
+	heap.Remove(&t.due, l.at)
+}
+
+func (t *leaseTable) setDeadline(l *lease, deadline int64) {
+	l.deadline = deadline
+	heap.Fix(&t.due, l.at)
+}
+
+// next returns the earliest deadline.
+func (t *leaseTable) next() (deadline int64, ok bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if len(t.due) == 0 {
+		return 0, false
+	}
+	return t.due[0].deadline, true
+}
+
+type leaseHeap []*lease
+
+func (h leaseHeap) Len() int { return len(h) }
+func (h leaseHeap) Less(i, j int) bool {
+	if h[i].deadline != h[j].deadline {
+		return h[i].deadline < h[j].deadline
+	}
+	return h[i].id < h[j].id
+}
+func (h leaseHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].at, h[j].at = i, j
+}
+func (h *leaseHeap) Push(x any) {
+	l := x.(*lease)
+	l.at = len(*h)
+	*h = append(*h, l)
+}
+func (h *leaseHeap) Pop() any {
+	old := *h
+	l := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	return l
+}
+
+// leaseChanges is what one batch does to the leases: it holds the table from the first change on, and
+// knows what to write and how to undo it.
+type leaseChanges struct {
+	table  *leaseTable
+	locked bool
+	undo   []func()
+	dirty  map[int64]bool // ids whose row has to be written or deleted
+}
+
+func (c *leaseChanges) lock() {
+	if !c.locked {
+		c.table.mu.Lock()
+		c.locked = true
+		c.dirty = make(map[int64]bool)
+	}
+}
+
+func (c *leaseChanges) unlock() {
+	if c.locked {
+		c.locked = false
+		c.table.mu.Unlock()
+		select {
+		case c.table.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (c *leaseChanges) any() bool { return len(c.dirty) > 0 }
+
+// exists needs no lock: only the committer changes the table.
+func (c *leaseChanges) exists(id int64) bool {
+	_, ok := c.table.byID[id]
+	return ok
+}
+
+func (c *leaseChanges) grant(id, ttl, deadline int64) {
+	c.lock()
+	l := &lease{id: id, ttl: ttl, deadline: deadline, keys: make(map[string]struct{})}
+	c.table.insert(l)
+	c.dirty[id] = true
+	c.undo = append(c.undo, func() { c.table.remove(l) })
+}
+
+func (c *leaseChanges) renew(l *lease, deadline int64) {
+	c.lock()
+	was := l.deadline
+	c.table.setDeadline(l, deadline)
+	c.dirty[l.id] = true
+	c.undo = append(c.undo, func() { c.table.setDeadline(l, was) })
+}
+
+func (c *leaseChanges) revoke(l *lease) {
+	c.lock()
+	c.table.remove(l)
+	c.dirty[l.id] = true
+	c.undo = append(c.undo, func() { c.table.insert(l) })
+}
+
+// move detaches key from one lease and attaches it to another; 0 is no lease.
+func (c *leaseChanges) move(key string, from, to int64) {
+	if from == to {
+		return
+	}
+	c.lock()
+	if l := c.table.byID[from]; l != nil {
+		delete(l.keys, key)
+		c.undo = append(c.undo, func() { l.keys[key] = struct{}{} })
+	}
+	if l := c.table.byID[to]; l != nil {
+		l.keys[key] = struct{}{}
+		c.undo = append(c.undo, func() { delete(l.keys, key) })
+	}
+}
+
+func (c *leaseChanges) rollback() {
+	for i := len(c.undo) - 1; i >= 0; i-- {
+		c.undo[i]()
+	}
+	c.unlock()
+}
+
+func (l *lease) sortedKeys() []string {
+	keys := make([]string, 0, len(l.keys))
+	for k := range l.keys {
+		keys = append(keys, k)
+	}
+	sort.Strings(keys)
+	return keys
+}
+
+// LeaseStatus is what LeaseTimeToLive reports. Times are in whole seconds.
+type LeaseStatus struct {
+	ID         int64
+	TTL        int64 // left; 0 when the deadline has passed and the revocation is on its way
+	GrantedTTL int64
+	Keys       [][]byte // sorted; only when asked for
+}
+
+// Lease reports on one lease; ok is false where there is none.
+func (db *DB) Lease(id int64, withKeys bool) (status LeaseStatus, ok bool) {
+	t := &db.leases
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	l := t.byID[id]
+	if l == nil {
+		return LeaseStatus{}, false
+	}
+	status = LeaseStatus{ID: id, GrantedTTL: l.ttl}
+	if left := l.deadline - time.Now().UnixMicro(); left > 0 {
+		status.TTL = left / 1e6
+	}
+	if withKeys {
+		for _, k := range l.sortedKeys() {
+			status.Keys = append(status.Keys, []byte(k))
+		}
+	}
+	return status, true
+}
+
+// Leases lists the ids of all leases, the one that expires first at the front.
+func (db *DB) Leases() []int64 {
+	t := &db.leases
+	t.mu.RLock()
+	all := append(leaseHeap(nil), t.due...)
+	deadlines := make(map[int64]int64, len(all))
+	for _, l := range all {
+		deadlines[l.id] = l.deadline
+	}
+	t.mu.RUnlock()
+	ids := make([]int64, 0, len(all))
+	for id := range deadlines {
+		ids = append(ids, id)
+	}
+	sort.Slice(ids, func(i, j int) bool {
+		if a, b := deadlines[ids[i]], deadlines[ids[j]]; a != b {
+			return a < b
+		}
+		return ids[i] < ids[j]
+	})
+	return ids
+}
+
+// expiredPerCommand bounds how many leases one Command revokes, so that a write waits for no more than
+// that when thousands are due at once.
+const expiredPerCommand = 500
+
+// expiryRetry is how long the expiry loop waits after its Command could not be written.
+const expiryRetry = 500 * time.Millisecond
+
+// expireLoop revokes leases when they are due, by an ordinary Command. It sleeps until the earliest
+// deadline; there is no tick.
+func (db *DB) expireLoop() {
+	defer db.background.Done()
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		wait := time.Hour
+		if deadline, ok := db.leases.next(); ok {
+			wait = time.Duration(deadline-time.Now().UnixMicro()) * time.Microsecond
+			if wait <= 0 {
+				if _, err := db.submit(db.ctx, &pending{expire: &expireLeases{max: expiredPerCommand}}); err == nil {
+					continue
+				}
+				wait = expiryRetry
+			}
+		}
+		timer.Reset(min(wait, time.Hour))
+		select {
+		case <-timer.C:
+		case <-db.leases.wake:
+		case <-db.ctx.Done():
+			return
+		}
+	}
+}

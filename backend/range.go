@@ -1,0 +1,313 @@
+package backend
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math"
+	"sort"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+)
+
+// index is what readers and the committer share.
+type index struct {
+	recs  *records
+	slots *slots
+	vals  *values
+}
+
+// at returns slot's newest record that is not newer than rev, tombstones included; 0 for none.
+func (ix *index) at(slot uint32, rev int64) (uint32, *record) {
+	for n := ix.slots.head(slot); n != 0; {
+		r := ix.recs.at(n)
+		if r.rev <= rev {
+			return n, r
+		}
+		n = r.prev
+	}
+	return 0, nil
+}
+
+// keyOrder is the ordered set of keys: a *tree, or the committer's *treeEdit.
+type keyOrder interface {
+	get(key []byte) (slot uint32, live, ok bool)
+	countLive(from, end []byte, unboundedEnd bool) int64
+	ascend(from, end []byte, unboundedEnd bool, fn func(key []byte, slot uint32, live bool) bool)
+	descend(from, end []byte, unboundedEnd bool, fn func(key []byte, slot uint32, live bool) bool)
+}
+
+// reader answers reads over one state: a View's, or the committer's own inside a batch.
+type reader struct {
+	index   *index
+	keys    keyOrder // exact at rev: an entry is live when its key exists at rev
+	rev     int64    // newest revision visible
+	compact int64    // -1: never compacted
+	// row reads the Frame of a row whose value is not resident.
+	row func(ctx context.Context, id int64) (Frame, error)
+}
+
+// keyRange is etcd's key and range_end: no end is the one key, "\x00" is every key from key on.
+type keyRange struct {
+	from, end []byte
+	single    bool
+	unbounded bool
+}
+
+func newKeyRange(key, rangeEnd []byte) keyRange {
+	return keyRange{
+		from:      key,
+		end:       rangeEnd,
+		single:    len(rangeEnd) == 0,
+		unbounded: len(rangeEnd) == 1 && rangeEnd[0] == 0,
+	}
+}
+
+func (k keyRange) contains(key []byte) bool {
+	if k.single {
+		return bytes.Equal(key, k.from)
+	}
+	return bytes.Compare(key, k.from) >= 0 && (k.unbounded || bytes.Compare(key, k.end) < 0)
+}
+
+// RangeResult is the answer to a Range. Its Frames are shared: they must not be changed.
+type RangeResult struct {
+	KVs      []Frame // in the order asked for
+	More     bool
+	Count    int64 // keys in the range, whatever the limit
+	Revision int64 // of the store when it was read
+}
+
+// found is one key of an answer on its way.
+type found struct {
+	n     uint32
+	r     *record
+	frame Frame
+	key   []byte // only where the frame is not read
+}
+
+// visit calls fn for each key that exists at rev, in key order; key is valid during the call only.
+func (rd *reader) visit(k keyRange, rev int64, down bool, fn func(key []byte, n uint32, r *record) bool) {
+	if k.single {
+		slot, _, ok := rd.keys.get(k.from)
+		if !ok {
+			return
+		}
+		if n, r := rd.index.at(slot, rev); r != nil && !r.tombstone() {
+			fn(k.from, n, r)
+		}
+		return
+	}
+	current := rev == rd.rev
+	each := func(key []byte, slot uint32, live bool) bool {
+		if current && !live {
+			return true
+		}
+		n, r := rd.index.at(slot, rev)
+		if r == nil || r.tombstone() {
+			return true
+		}
+		return fn(key, n, r)
+	}
+	if down {
+		rd.keys.descend(k.from, k.end, k.unbounded, each)
+	} else {
+		rd.keys.ascend(k.from, k.end, k.unbounded, each)
+	}
+}
+
+// count returns how many keys of k exist at rev.
+func (rd *reader) count(k keyRange, rev int64) int64 {
+	if rev == rd.rev && !k.single {
+		return rd.keys.countLive(k.from, k.end, k.unbounded)
+	}
+	var c int64
+	rd.visit(k, rev, false, func([]byte, uint32, *record) bool { c++; return true })
+	return c
+}
+
+// frame returns the Frame of record n, from memory or from its row.
+func (rd *reader) frame(ctx context.Context, n uint32, r *record) (Frame, error) {
+	if f := rd.index.vals.get(r); f != nil {
+		return f, nil
+	}
+	f, err := rd.row(ctx, r.id)
+	if err != nil {
+		return nil, fmt.Errorf("reading the value of revision %d: %w", r.rev, err)
+	}
+	rd.index.vals.fill(n, f)
+	return f, nil
+}
+
+// revision resolves a request's revision against the state (0 and less: the newest).
+func (rd *reader) revision(rev int64) (int64, error) {
+	switch {
+	case rev > rd.rev:
+		return 0, ErrFutureRev
+	case rev <= 0:
+		return rd.rev, nil
+	case rev < rd.compact:
+		return 0, &CompactedError{CompactRevision: rd.compact}
+	}
+	return rev, nil
+}
+
+// contextEvery is how many keys are read between two looks at the request's context.
+const contextEvery = 256
+
+func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest) (*RangeResult, error) {
+	rev, err := rd.revision(req.Revision)
+	if err != nil {
+		return nil, err
+	}
+	k := newKeyRange(req.Key, req.RangeEnd)
+	if req.CountOnly {
+		return &RangeResult{Count: rd.count(k, rev), Revision: rd.rev}, nil
+	}
+	res := &RangeResult{Revision: rd.rev}
+	keysOnly := req.KeysOnly && req.SortTarget != pb.RangeRequest_VALUE
+	order := orderOf(req)
+	filtered := req.MinModRevision != 0 || req.MaxModRevision != 0 || req.MinCreateRevision != 0 || req.MaxCreateRevision != 0
+
+	// In key order without filters a limit bounds the work; else everything has to be looked at.
+	limit := math.MaxInt
+	if req.Limit > 0 && req.Limit < math.MaxInt && !filtered && order.byKey() {
+		limit = int(req.Limit)
+	}
+	// Only the newest revision has its count ready; for an older one the keys behind the limit are
+	// walked too.
+	countAlong := rev != rd.rev || k.single
+
+	var all []found
+	seen := 0
+	rd.visit(k, rev, order == keyDescending, func(key []byte, n uint32, r *record) bool {
+		seen++
+		if seen%contextEvery == 0 && ctx.Err() != nil {
+			err = ctx.Err()
+			return false
+		}
+		if len(all) >= limit {
+			res.More = true
+			return countAlong
+		}
+		if filtered && !revisionsMatch(req, r) {
+			return true
+		}
+		f := found{n: n, r: r}
+		switch {
+		case keysOnly:
+			f.key = append([]byte(nil), key...)
+		default:
+			if f.frame, err = rd.frame(ctx, n, r); err != nil {
+				return false
+			}
+		}
+		all = append(all, f)
+		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	if countAlong {
+		res.Count = int64(seen)
+	} else {
+		res.Count = rd.count(k, rev)
+	}
+	order.sort(all, keysOnly)
+	if req.Limit > 0 && int64(len(all)) > req.Limit {
+		all, res.More = all[:req.Limit], true
+	}
+	if len(all) > 0 {
+		res.KVs = make([]Frame, len(all))
+	}
+	for i, f := range all {
+		switch {
+		case keysOnly:
+			kv := keyValue{key: f.key, create: f.r.create, mod: f.r.rev, version: f.r.version}
+			res.KVs[i] = kv.appendFrame(make([]byte, 0, kv.frameSize()))
+		case req.KeysOnly:
+			kv := keyValue{key: f.frame.Key(), create: f.r.create, mod: f.r.rev, version: f.r.version, lease: f.r.lease}
+			res.KVs[i] = kv.appendFrame(make([]byte, 0, kv.frameSize()))
+		default:
+			res.KVs[i] = f.frame
+		}
+	}
+	return res, nil
+}
+
+func revisionsMatch(req *pb.RangeRequest, r *record) bool {
+	return (req.MaxModRevision == 0 || r.rev <= req.MaxModRevision) &&
+		(req.MinModRevision == 0 || r.rev >= req.MinModRevision) &&
+		(req.MaxCreateRevision == 0 || r.create <= req.MaxCreateRevision) &&
+		(req.MinCreateRevision == 0 || r.create >= req.MinCreateRevision)
+}
+
+// resultOrder says how a Range's keys are ordered.
+type resultOrder struct {
+	target     pb.RangeRequest_SortTarget
+	descending bool
+}
+
+var (
+	keyAscending  = resultOrder{target: pb.RangeRequest_KEY}
+	keyDescending = resultOrder{target: pb.RangeRequest_KEY, descending: true}
+)
+
+// orderOf: a target other than KEY without an order means ascending; KEY without an order is key order.
+func orderOf(req *pb.RangeRequest) resultOrder {
+	return resultOrder{target: req.SortTarget, descending: req.SortOrder == pb.RangeRequest_DESCEND}
+}
+
+func (o resultOrder) byKey() bool { return o == keyAscending || o == keyDescending }
+
+// sort orders what was found in key order. Ties are left as sort.Sort leaves them, because etcd sorts
+// the same sequence with it, and so clients see the same order from both.
+func (o resultOrder) sort(all []found, keysOnly bool) {
+	if o.byKey() {
+		return
+	}
+	var less func(a, b *found) bool
+	switch o.target {
+	case pb.RangeRequest_VERSION:
+		less = func(a, b *found) bool { return a.r.version < b.r.version }
+	case pb.RangeRequest_CREATE:
+		less = func(a, b *found) bool { return a.r.create < b.r.create }
+	case pb.RangeRequest_MOD:
+		less = func(a, b *found) bool { return a.r.rev < b.r.rev }
+	case pb.RangeRequest_VALUE:
+		less = func(a, b *found) bool { return bytes.Compare(a.frame.Value(), b.frame.Value()) < 0 }
+	default:
+		panic(fmt.Sprintf("backend: sort target %d", o.target))
+	}
+	var s sort.Interface = &foundSort{all, less}
+	if o.descending {
+		s = sort.Reverse(s)
+	}
+	sort.Sort(s)
+}
+
+type foundSort struct {
+	all  []found
+	less func(a, b *found) bool
+}
+
+func (s *foundSort) Len() int           { return len(s.all) }
+func (s *foundSort) Less(i, j int) bool { return s.less(&s.all[i], &s.all[j]) }
+func (s *foundSort) Swap(i, j int)      { s.all[i], s.all[j] = s.all[j], s.all[i] }
+
+// response turns the result into etcd's message, for a Txn's answer.
+func (r *RangeResult) response() *pb.RangeResponse {
+	resp := &pb.RangeResponse{
+		Header: &pb.ResponseHeader{Revision: r.Revision},
+		More:   r.More,
+		Count:  r.Count,
+	}
+	if len(r.KVs) > 0 {
+		resp.Kvs = make([]*mvccpb.KeyValue, len(r.KVs))
+		for i, f := range r.KVs {
+			resp.Kvs[i] = f.KeyValue()
+		}
+	}
+	return resp
+}

@@ -1,0 +1,346 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+)
+
+// sqliteLog is the revision table and what stands beside it in one SQLite file. Its writing connection
+// belongs to the holder of the commit token; the reading ones are lent from a pool.
+type sqliteLog struct {
+	file *sqliteFile
+	w    *conn
+
+	begin, commit, rollback            *stmt
+	insertRow, deleteRow, row          *stmt
+	putLease, deleteLease              *stmt
+	clearAlarms, putAlarm, putMetadata *stmt
+
+	pages, freePages atomic.Int64
+	pageBytes        int64
+}
+
+func newSQLiteLog(file *sqliteFile) (*sqliteLog, error) {
+	l := &sqliteLog{file: file, w: file.writer}
+	for _, s := range []struct {
+		to  **stmt
+		sql string
+	}{
+		{&l.begin, sqliteBegin}, {&l.commit, sqliteCommit}, {&l.rollback, sqliteRollback},
+		{&l.insertRow, sqliteInsertRow}, {&l.deleteRow, sqliteDeleteRow}, {&l.row, sqliteRow},
+		{&l.putLease, sqlitePutLease}, {&l.deleteLease, sqliteDeleteLease},
+		{&l.clearAlarms, sqliteClearAlarms}, {&l.putAlarm, sqlitePutAlarm}, {&l.putMetadata, sqlitePutMeta},
+	} {
+		var err error
+		if *s.to, err = l.w.prepare(s.sql); err != nil {
+			return nil, err
+		}
+	}
+	if err := l.w.exec(fmt.Sprintf("PRAGMA wal_autocheckpoint = %d", sqliteCheckpointPages)); err != nil {
+		return nil, err
+	}
+	var err error
+	if l.pageBytes, err = l.w.queryInt64("PRAGMA page_size"); err != nil {
+		return nil, err
+	}
+	return l, l.measure()
+}
+
+// transaction runs f between BEGIN and COMMIT; when either fails nothing of f remains.
+func (l *sqliteLog) transaction(f func() error) error {
+	if err := l.begin.run(); err != nil {
+		return err
+	}
+	err := f()
+	if err == nil {
+		if err = l.commit.run(); err == nil {
+			return nil
+		}
+	}
+	// After some errors SQLite has rolled back by itself.
+	if l.w.inTransaction() {
+		err = errors.Join(err, l.rollback.run())
+	}
+	return err
+}
+
+// write makes a batch durable: its rows, leases, alarms and the compaction revision in one transaction,
+// synced by COMMIT.
+func (l *sqliteLog) write(b *batch) error {
+	return l.transaction(func() error {
+		for i := range b.rows {
+			if err := l.insert(b, &b.rows[i]); err != nil {
+				return err
+			}
+		}
+		if b.leases.any() {
+			if err := l.writeLeases(&b.leases); err != nil {
+				return err
+			}
+		}
+		if b.alarms {
+			if err := l.writeAlarms(b.db.alarms.current()); err != nil {
+				return err
+			}
+		}
+		if b.compacted {
+			if err := l.putMeta(metaCompactRevision, b.st.compact); err != nil {
+				return err
+			}
+		}
+		if len(b.rows) == 0 {
+			// Rows are counted by their ids; what leaves no row is counted here.
+			return l.putMeta(metaAppliedIndex, int64(b.st.applied))
+		}
+		return nil
+	})
+}
+
+func (l *sqliteLog) insert(b *batch, w *row) error {
+	s := l.insertRow
+	deleted := int64(0)
+	if w.deleted {
+		deleted = 1
+	}
+	for i, v := range [...]int64{w.id, w.rev, w.sub, w.create, w.version, w.lease, deleted, b.now} {
+		if err := s.bindInt64(i+1, v); err != nil {
+			return err
+		}
+	}
+	if err := s.bindText(9, w.author); err != nil {
+		return err
+	}
+	if err := s.bindBlob(10, notNull(w.key)); err != nil {
+		return err
+	}
+	if err := s.bindBlob(11, notNull(w.value)); err != nil {
+		return err
+	}
+	return s.run()
+}
+
+// notNull: a nil slice would be bound as NULL.
+func notNull(b []byte) []byte {
+	if b == nil {
+		return []byte{}
+	}
+	return b
+}
+
+func (l *sqliteLog) writeLeases(c *leaseChanges) error {
+	for id := range c.dirty {
+		s, args := l.deleteLease, []int64{id}
+		if lease := c.table.byID[id]; lease != nil {
+			s, args = l.putLease, []int64{id, lease.ttl, lease.deadline}
+		}
+		if err := runWith(s, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *sqliteLog) writeAlarms(set alarmSet) error {
+	if err := l.clearAlarms.run(); err != nil {
+		return err
+	}
+	for k := range set {
+		if err := runWith(l.putAlarm, int64(k.member), int64(k.alarm)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (l *sqliteLog) putMeta(name string, value int64) error {
+	if err := l.putMetadata.bindText(1, name); err != nil {
+		return err
+	}
+	if err := l.putMetadata.bindInt64(2, value); err != nil {
+		return err
+	}
+	return l.putMetadata.run()
+}
+
+func runWith(s *stmt, args ...int64) error {
+	for i, v := range args {
+		if err := s.bindInt64(i+1, v); err != nil {
+			return err
+		}
+	}
+	return s.run()
+}
+
+// deleteRows deletes rows that nothing refers to any more.
+func (l *sqliteLog) deleteRows(ids []int64) error {
+	return l.transaction(func() error {
+		for _, id := range ids {
+			if err := runWith(l.deleteRow, id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// vacuum gives up to n free pages back to the file system; done says that few enough are left.
+func (l *sqliteLog) vacuum(n int) (done bool, err error) {
+	if err := l.measure(); err != nil {
+		return false, err
+	}
+	free := l.freePages.Load()
+	if free <= max(keepFreePages, l.pages.Load()*keepFreePercent/100) {
+		return true, nil
+	}
+	if err := l.w.exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", n)); err != nil {
+		return false, err
+	}
+	if err := l.measure(); err != nil {
+		return false, err
+	}
+	// A file that was made without auto_vacuum keeps its pages; they are still reused.
+	return l.freePages.Load() >= free, nil
+}
+
+// measure reads the size of the database for Stats.
+func (l *sqliteLog) measure() error {
+	pages, err := l.w.pageCount()
+	if err != nil {
+		return err
+	}
+	free, err := l.w.freelistCount()
+	if err != nil {
+		return err
+	}
+	l.pages.Store(pages)
+	l.freePages.Store(free)
+	return nil
+}
+
+// resume makes sure, after a batch that failed, that the database ends where memory says. If a commit took
+// effect although SQLite reported that it did not, going on would number two rows alike.
+func (l *sqliteLog) resume(nextID int64) error {
+	if l.w.inTransaction() {
+		if err := l.rollback.run(); err != nil {
+			return err
+		}
+	}
+	last, err := l.w.queryInt64(sqliteLastRow)
+	if err != nil {
+		return err
+	}
+	if last >= nextID {
+		return fmt.Errorf("a write that SQLite reported as failed is in the database (row %d, expected at most %d): restart quire to read it", last, nextID-1)
+	}
+	return nil
+}
+
+// frame reads one row through the writing connection.
+func (l *sqliteLog) frame(id int64) (Frame, error) { return readFrame(l.row, id) }
+
+// readFrame reads the row with the given id; that it is missing is damage, because its record says it is there.
+func readFrame(s *stmt, id int64) (f Frame, err error) {
+	if err := s.bindInt64(1, id); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.reset()) }()
+	found, err := s.step()
+	if err != nil {
+		return nil, err
+	}
+	if !found {
+		return nil, fmt.Errorf("row %d of the revision table is missing: %w: run 'quire check'", id, ErrDamaged)
+	}
+	kv := rowKeyValue(s)
+	return kv.appendFrame(make([]byte, 0, kv.frameSize())), nil
+}
+
+// rowKeyValue reads the columns of sqliteRow and sqliteHistoryRows; its bytes are valid until the next step.
+func rowKeyValue(s *stmt) keyValue {
+	return keyValue{
+		mod: s.columnInt64(0), create: s.columnInt64(1), version: s.columnInt64(2), lease: s.columnInt64(3),
+		key: s.columnBlob(5), value: s.columnBlob(6),
+	}
+}
+
+// readRow reads a row that is not resident, for a reader. REQUIRES: a View is held that can reach it.
+func (db *DB) readRow(ctx context.Context, id int64) (f Frame, err error) {
+	err = db.log.read(ctx, func(c *conn) error {
+		s, err := c.cached(sqliteRow)
+		if err != nil {
+			return err
+		}
+		f, err = readFrame(s, id)
+		return err
+	})
+	return f, err
+}
+
+// read lends a reading connection to f.
+func (l *sqliteLog) read(ctx context.Context, f func(c *conn) error) error {
+	c, err := l.file.acquireReader(ctx)
+	if err != nil {
+		return err
+	}
+	err = f(c)
+	if released := l.file.releaseReader(c, err == nil || ctx.Err() != nil); released != nil {
+		err = errors.Join(err, released)
+	}
+	return l.storageError(err)
+}
+
+// readHistory fills a page from the rows. REQUIRES: a View is held from before the page's compaction.
+func (db *DB) readHistory(ctx context.Context, h *historyPage) error {
+	start := db.marks.before(h.req.From)
+	return db.log.read(ctx, func(c *conn) (err error) {
+		s, err := c.cached(sqliteHistoryRows)
+		if err != nil {
+			return err
+		}
+		if err := s.bindInt64(1, start); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, s.reset()) }()
+		for n := 0; ; n++ {
+			if n%contextEvery == 0 && ctx.Err() != nil {
+				return ctx.Err()
+			}
+			found, err := s.step()
+			if err != nil {
+				return err
+			}
+			if !found {
+				h.end()
+				return nil
+			}
+			rev := s.columnInt64(0)
+			if rev < h.req.From {
+				continue
+			}
+			if !h.wants(rev) {
+				return nil
+			}
+			if !h.k.contains(s.columnBlob(5)) {
+				continue
+			}
+			h.add(rowEvent(s))
+		}
+	})
+}
+
+// storageError gives an error of the storage its sentinel, ErrDiskFull or ErrStorage, and its advice. Errors
+// of a context pass as they are.
+func (l *sqliteLog) storageError(err error) error {
+	for _, sorted := range []error{nil, context.Canceled, context.DeadlineExceeded, ErrClosed, ErrDiskFull, ErrStorage} {
+		if errors.Is(err, sorted) {
+			return err
+		}
+	}
+	err = explainSQLiteError(l.file.path, err)
+	if errors.Is(err, ErrDiskFull) || errors.Is(err, ErrStorage) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrStorage, err)
+}

@@ -1,0 +1,51 @@
+package backend
+
+// The statements of the SQLite storage. Each has a name, and each ordered result its ORDER BY.
+const (
+	sqliteBegin    = `BEGIN IMMEDIATE`
+	sqliteCommit   = `COMMIT`
+	sqliteRollback = `ROLLBACK`
+
+	sqliteInsertRow = `INSERT INTO revisions
+		(id, rev, sub, create_rev, version, lease, deleted, committed_at, author, key, value)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`
+	sqliteDeleteRow = `DELETE FROM revisions WHERE id = ?`
+	sqliteLastRow   = `SELECT coalesce(max(id), 0) FROM revisions`
+	sqliteRow       = `SELECT rev, create_rev, version, lease, deleted, key, value FROM revisions WHERE id = ?`
+	sqliteCountRows = `SELECT count(*) FROM revisions`
+
+	// sqliteLoadRows reads what the index needs. It must not name value but inside length(), which
+	// SQLite answers from the row's header.
+	sqliteLoadRows = `SELECT id, rev, create_rev, version, lease, deleted, length(value), committed_at, key
+		FROM revisions ORDER BY id`
+	// sqliteHistoryRows reads values too, row by row as the caller steps.
+	sqliteHistoryRows = `SELECT rev, create_rev, version, lease, deleted, key, value
+		FROM revisions WHERE id >= ? ORDER BY id`
+	sqliteRevOfRow  = `SELECT id, rev FROM revisions WHERE id >= ? ORDER BY id LIMIT 1`
+	sqliteCheckRows = `SELECT id, rev, sub, create_rev, version, lease, deleted, committed_at, length(value), key
+		FROM revisions ORDER BY id`
+
+	sqlitePutLease = `INSERT INTO lease (id, ttl, deadline) VALUES (?, ?, ?)
+		ON CONFLICT (id) DO UPDATE SET ttl = excluded.ttl, deadline = excluded.deadline`
+	sqliteDeleteLease = `DELETE FROM lease WHERE id = ?`
+	sqliteLeases      = `SELECT id, ttl, deadline FROM lease ORDER BY id`
+
+	sqliteClearAlarms = `DELETE FROM alarm`
+	sqlitePutAlarm    = `INSERT INTO alarm (member, alarm) VALUES (?, ?)`
+	sqliteAlarms      = `SELECT member, alarm FROM alarm ORDER BY member, alarm`
+
+	sqlitePutMeta = `INSERT INTO meta (name, value) VALUES (?, ?)
+		ON CONFLICT (name) DO UPDATE SET value = excluded.value`
+	sqliteMeta = `SELECT name, value FROM meta ORDER BY name`
+)
+
+// Names in the meta table.
+const (
+	metaCompactRevision = "compact_revision"
+	metaAppliedIndex    = "applied_index"
+)
+
+// sqliteCheckpointPages is how many pages the WAL may hold before the writing connection copies them into
+// the database after a commit: 4 MiB. Measured (docs/design.md): inline at 500 pages the commit's p50 is
+// 153 µs and the WAL stays small; on a second connection it is 310 µs and the WAL grows without end.
+const sqliteCheckpointPages = 500

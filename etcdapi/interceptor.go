@@ -1,0 +1,108 @@
+package etcdapi
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/proto"
+)
+
+// admit checks a call's metadata as etcd does: the client's API version is counted (and must be text), and a call
+// that requires a leader is refused while there is none.
+func (s *Server) admit(ctx context.Context, count func(clientCounters)) error {
+	md, ok := metadata.FromIncomingContext(ctx)
+	if !ok {
+		return nil
+	}
+	client := "unknown"
+	if vs := md.Get(rpctypes.MetadataClientAPIVersionKey); len(vs) > 0 {
+		client = vs[0]
+	}
+	if !utf8.ValidString(client) {
+		return rpctypes.ErrGRPCInvalidClientAPIVersion
+	}
+	count(s.metrics.client(client))
+	if vs := md.Get(rpctypes.MetadataRequireLeaderKey); len(vs) > 0 && vs[0] == rpctypes.MetadataHasLeader && !s.opts.Leader() {
+		return rpctypes.ErrGRPCNoLeader
+	}
+	return nil
+}
+
+func (s *Server) admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if err := s.admit(ctx, func(c clientCounters) { c.unary.Inc() }); err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+func (s *Server) admitStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if err := s.admit(stream.Context(), func(c clientCounters) { c.stream.Inc() }); err != nil {
+		return err
+	}
+	return handler(srv, stream)
+}
+
+// slowUnary reports unary requests that took longer than SlowRequestAfter.
+func (s *Server) slowUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if s.opts.Hooks.SlowRequest == nil {
+		return handler(ctx, req)
+	}
+	start := time.Now()
+	resp, err := handler(ctx, req)
+	if took := time.Since(start); took > s.opts.SlowRequestAfter {
+		s.opts.Hooks.SlowRequest(info.FullMethod, took, summary(ctx, req, resp, err))
+	}
+	return resp, err
+}
+
+// summaryBytes bounds a summary: a Txn may name hundreds of keys.
+const summaryBytes = 1 << 10
+
+// summary describes a request without values: etcd's own loggable form for the kinds that carry some, and nothing
+// but the size for kinds this function does not know (they may carry passwords).
+func summary(ctx context.Context, req, resp any, err error) string {
+	var b strings.Builder
+	switch r := req.(type) {
+	case *pb.PutRequest:
+		b.WriteString(pb.NewLoggablePutRequest(r).String())
+	case *pb.TxnRequest:
+		b.WriteString(pb.NewLoggableTxnRequest(r).String())
+	case *pb.RangeRequest, *pb.DeleteRangeRequest, *pb.CompactionRequest, *pb.AlarmRequest,
+		*pb.LeaseGrantRequest, *pb.LeaseRevokeRequest, *pb.LeaseTimeToLiveRequest:
+		fmt.Fprint(&b, r)
+	}
+	text := b.String()
+	if len(text) > summaryBytes {
+		text = strings.ToValidUTF8(text[:summaryBytes], "") + "…"
+	}
+	b.Reset()
+	fmt.Fprintf(&b, "request:<%s> request_size:%d", text, messageSize(req))
+	if err != nil {
+		fmt.Fprintf(&b, " error:%q", err.Error())
+	} else {
+		fmt.Fprintf(&b, " response_size:%d", messageSize(resp))
+	}
+	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
+		fmt.Fprintf(&b, " remote:%s", p.Addr)
+	}
+	return b.String()
+}
+
+// messageSize is the encoded size in bytes; -1 for what is no message.
+func messageSize(m any) int {
+	switch m := m.(type) {
+	case *rangeResponse:
+		return m.size()
+	case proto.Message:
+		return proto.Size(m)
+	}
+	return -1
+}

@@ -1,0 +1,115 @@
+package etcdapi
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/quire-db/quire/backend"
+)
+
+type leaseServer struct {
+	s                    *Server
+	pb.UnsafeLeaseServer // a new method of the service must break the build
+}
+
+// LeaseGrant draws the id if the client leaves it to the server: what reaches the backend is decided, so that it
+// can be applied again with the same outcome. A drawn id that is taken is drawn again.
+func (l *leaseServer) LeaseGrant(ctx context.Context, req *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
+	drawn := req.ID == 0
+	for {
+		if drawn {
+			req.ID = 1 + rand.Int64N(1<<63-1) // etcd: only positive ids
+		}
+		resp, err := write[*pb.LeaseGrantResponse](ctx, l.s, "LeaseGrant", req)
+		if drawn && errors.Is(err, toStatus(backend.ErrLeaseExists)) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		l.s.metrics.leaseGranted(resp.TTL)
+		resp.Header = l.s.header(resp.Header)
+		return resp, nil
+	}
+}
+
+func (l *leaseServer) LeaseRevoke(ctx context.Context, req *pb.LeaseRevokeRequest) (*pb.LeaseRevokeResponse, error) {
+	resp, err := write[*pb.LeaseRevokeResponse](ctx, l.s, "LeaseRevoke", req)
+	if err != nil {
+		return nil, err
+	}
+	l.s.metrics.leasesRevoked.Inc()
+	resp.Header = l.s.header(resp.Header)
+	return resp, nil
+}
+
+// LeaseTimeToLive answers TTL -1 for a lease that does not exist or has expired (rpc.proto).
+func (l *leaseServer) LeaseTimeToLive(_ context.Context, req *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+	resp := &pb.LeaseTimeToLiveResponse{Header: l.s.header(nil), ID: req.ID, TTL: -1}
+	if status, ok := l.s.opts.Backend.Lease(req.ID, req.Keys); ok {
+		resp.TTL, resp.GrantedTTL = status.TTL, status.GrantedTTL
+		if req.Keys {
+			resp.Keys = status.Keys
+		}
+	}
+	return resp, nil
+}
+
+func (l *leaseServer) LeaseLeases(context.Context, *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
+	ids := l.s.opts.Backend.Leases()
+	resp := &pb.LeaseLeasesResponse{Header: l.s.header(nil), Leases: make([]*pb.LeaseStatus, len(ids))}
+	for i, id := range ids {
+		resp.Leases[i] = &pb.LeaseStatus{ID: id}
+	}
+	return resp, nil
+}
+
+// LeaseKeepAlive renews leases in the order asked, one answer each. A lease that does not exist is answered with
+// TTL 0; the stream goes on.
+func (l *leaseServer) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error {
+	ctx, cancel := l.s.streamContext(stream.Context())
+	defer cancel()
+	recv := receiver[pb.LeaseKeepAliveRequest](ctx, stream)
+	for {
+		req, err := recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case ctx.Err() != nil:
+			return streamEnd(ctx)
+		case err != nil:
+			l.s.metrics.streamFailed(ctx, "lease-keepalive")
+			return err
+		}
+		resp, err := l.keepAlive(ctx, req)
+		if err != nil {
+			if ctx.Err() != nil {
+				return streamEnd(ctx)
+			}
+			return err
+		}
+		if err := stream.Send(resp); err != nil {
+			l.s.metrics.streamFailed(ctx, "lease-keepalive")
+			return err
+		}
+	}
+}
+
+func (l *leaseServer) keepAlive(ctx context.Context, req *pb.LeaseKeepAliveRequest) (*pb.LeaseKeepAliveResponse, error) {
+	// The header is of before the renewal, as in etcd: else a client could see a renewal succeed at a revision
+	// after the one at which the lease was revoked.
+	header := l.s.header(nil)
+	resp, err := write[*pb.LeaseKeepAliveResponse](ctx, l.s, "LeaseKeepAlive", req)
+	switch {
+	case errors.Is(err, toStatus(backend.ErrLeaseNotFound)):
+		return &pb.LeaseKeepAliveResponse{Header: header, ID: req.ID}, nil
+	case err != nil:
+		return nil, err
+	}
+	l.s.metrics.leasesRenewed.Inc()
+	return &pb.LeaseKeepAliveResponse{Header: header, ID: req.ID, TTL: resp.TTL}, nil
+}

@@ -1,0 +1,245 @@
+// Package etcdapi is the wire: etcd's v3 gRPC services and its HTTP endpoints, one file per service. A handler
+// checks the request as etcd does, calls the backend, fills in the header and answers; it decides nothing about
+// revisions, leases or durability, and speaks no SQL.
+//
+// Promises:
+//
+//  1. Requests that etcd refuses for their form are refused here with etcd's code and text (rpctypes), before the
+//     backend sees them.
+//  2. A backend error becomes a gRPC status in one table (errors.go), also when it is wrapped.
+//  3. Every answer carries cluster id, member id, Raft term and revision, as etcd's does: the store's revision at
+//     the read for a read, its own for a write.
+//  4. Values never leave through errors, hooks or metrics. Keys may appear in the summary of a slow request.
+//  5. A panic in a gRPC handler is a broken invariant and ends the process: no interceptor recovers it.
+//
+// All methods of Server may be called from several goroutines at once.
+package etcdapi
+
+import (
+	"context"
+	"errors"
+	"math"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/quire-db/quire/backend"
+)
+
+// Writer takes every write as one value and answers when it is durable and visible.
+type Writer interface {
+	Write(ctx context.Context, cmd backend.Command) (proto.Message, error)
+}
+
+// View is the store at one revision; see backend.View. Release is called exactly once.
+type View interface {
+	Range(ctx context.Context, req *pb.RangeRequest) (*backend.RangeResult, error)
+	Txn(ctx context.Context, req *pb.TxnRequest) (*pb.TxnResponse, error)
+	Revision() int64
+	Release()
+}
+
+// Leases are the reads of leases; their writes go through Writer.
+type Leases interface {
+	Lease(id int64, withKeys bool) (status backend.LeaseStatus, ok bool)
+	Leases() []int64
+}
+
+// State is what Status, the health checks and the metrics look at. The calls are cheap.
+type State interface {
+	Revision() int64
+	Stats() backend.Stats
+	Alarms() []*pb.AlarmMember
+	Err() error
+	WaitCompacted(ctx context.Context, rev int64) error
+}
+
+// Backend is the store behind the services. *backend.DB is one.
+type Backend interface {
+	Writer
+	Leases
+	State
+}
+
+// Watcher serves one watch stream. recv returns the client's next request, io.EOF when the client will send no
+// more, and the context's error once ctx is done (it never blocks beyond that). send takes a *pb.WatchResponse or
+// a message with WireBuffers (see codec.go); it is not called by two goroutines at once and blocks while the
+// client's flow-control window is full. Serve returns when ctx is done or send fails.
+type Watcher interface {
+	Serve(ctx context.Context, recv func() (*pb.WatchRequest, error), send func(msg any) error) error
+}
+
+var (
+	_ Backend = (*backend.DB)(nil)
+	_ View    = (*backend.View)(nil)
+)
+
+// Identity is who answers. It stands in every header and in MemberList.
+type Identity struct {
+	ClusterID, MemberID uint64
+	// RaftTerm is in every header. Invariant: 1 <= term <= 127: clients compare headers byte for byte, and etcd's
+	// fresh cluster has a term of one byte. nil: always 2.
+	RaftTerm   func() uint64
+	Name       string
+	PeerURLs   []string
+	ClientURLs []string
+}
+
+// Keepalive are etcd's --grpc-keepalive-* flags. Zero switches the respective rule off (grpc's default applies).
+type Keepalive struct {
+	MinTime  time.Duration // clients that ping more often are disconnected
+	Interval time.Duration // how often the server pings an idle connection
+	Timeout  time.Duration // how long it waits for the answer
+}
+
+// Hooks report to the outside; any may be nil; none may block.
+type Hooks struct {
+	// SlowRequest is called after a unary request took at least Options.SlowRequestAfter. request describes it
+	// with keys, sizes and the client's address, and without values.
+	SlowRequest func(method string, took time.Duration, request string)
+}
+
+// Options configure a Server. Backend, View and Watcher must be set.
+type Options struct {
+	Backend Backend
+	// View returns the newest published state: func() etcdapi.View { return db.View() }.
+	View    func() View
+	Watcher Watcher
+	// Leader tells whether there is a leader. nil: always (a single node). Requests with etcd's hasleader metadata
+	// are refused with ErrGRPCNoLeader while there is none.
+	Leader   func() bool
+	Identity Identity
+	Metrics  *Metrics // nil: metrics with a registry of their own
+	Hooks    Hooks
+
+	EtcdVersion          string        // the etcd version answered with; empty: that of the api module
+	MaxRequestBytes      uint          // --max-request-bytes; 0: 1.5 MiB
+	MaxTxnOps            uint          // --max-txn-ops; 0: 128
+	MaxConcurrentStreams uint32        // per connection; 0: no limit
+	SlowRequestAfter     time.Duration // --warning-unary-request-duration; 0: 300 ms
+	Keepalive            Keepalive
+}
+
+const (
+	// etcdVersion is the version of the api module in go.mod.
+	etcdVersion            = "3.7.3"
+	defaultMaxRequestBytes = 1536 * 1024
+	defaultMaxTxnOps       = 128
+	defaultSlowRequest     = 300 * time.Millisecond
+	// grpcOverheadBytes is what etcd allows a message beyond --max-request-bytes, so that a request slightly too
+	// large is answered with "request is too large" instead of grpc's own refusal.
+	grpcOverheadBytes = 512 * 1024
+)
+
+// Server holds the services. Make one with New.
+type Server struct {
+	opts    Options
+	version versions
+	metrics *Metrics
+	health  *health.Server
+
+	stopping context.Context // done once Close was called
+	stop     context.CancelFunc
+}
+
+// New returns a Server for o. It panics when Backend, View or Watcher is missing: that is a programming error.
+func New(o Options) *Server {
+	if o.Backend == nil || o.View == nil || o.Watcher == nil {
+		panic("etcdapi: Options.Backend, Options.View and Options.Watcher must be set")
+	}
+	if o.Leader == nil {
+		o.Leader = func() bool { return true }
+	}
+	if o.Metrics == nil {
+		o.Metrics = NewMetrics(MetricsOptions{})
+	}
+	if o.EtcdVersion == "" {
+		o.EtcdVersion = etcdVersion
+	}
+	if o.MaxRequestBytes == 0 {
+		o.MaxRequestBytes = defaultMaxRequestBytes
+	}
+	if o.MaxTxnOps == 0 {
+		o.MaxTxnOps = defaultMaxTxnOps
+	}
+	if o.MaxConcurrentStreams == 0 {
+		o.MaxConcurrentStreams = math.MaxUint32
+	}
+	if o.SlowRequestAfter == 0 {
+		o.SlowRequestAfter = defaultSlowRequest
+	}
+	s := &Server{
+		opts:    o,
+		version: versionsOf(o.EtcdVersion),
+		metrics: o.Metrics,
+		health:  health.NewServer(),
+	}
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	s.metrics.attach(s)
+	if err := o.Backend.Err(); err != nil {
+		s.StorageFailed(err)
+	} else {
+		s.StorageHealed()
+	}
+	return s
+}
+
+// ServerOptions are what grpc.NewServer needs for these services; transport credentials are the caller's.
+func (s *Server) ServerOptions() []grpc.ServerOption {
+	opts := []grpc.ServerOption{
+		grpc.ForceServerCodecV2(&codec{sent: s.metrics.sentBytes, received: s.metrics.receivedBytes}),
+		grpc.ChainUnaryInterceptor(s.slowUnary, s.metrics.grpc.UnaryServerInterceptor(), s.admitUnary),
+		grpc.ChainStreamInterceptor(s.metrics.grpc.StreamServerInterceptor(), s.admitStream),
+		grpc.MaxRecvMsgSize(int(s.opts.MaxRequestBytes + grpcOverheadBytes)),
+		grpc.MaxSendMsgSize(math.MaxInt32),
+		grpc.MaxConcurrentStreams(s.opts.MaxConcurrentStreams),
+	}
+	k := s.opts.Keepalive
+	if k.MinTime > 0 {
+		opts = append(opts, grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: k.MinTime}))
+	}
+	if k.Interval > 0 && k.Timeout > 0 {
+		opts = append(opts, grpc.KeepaliveParams(keepalive.ServerParameters{Time: k.Interval, Timeout: k.Timeout}))
+	}
+	return opts
+}
+
+// RegisterGRPC adds the services to g, which must have been made with ServerOptions and not serve yet.
+func (s *Server) RegisterGRPC(g *grpc.Server) {
+	g.RegisterService(kvServiceDesc(), &kvServer{s: s})
+	g.RegisterService(watchServiceDesc(), &watchServer{s: s})
+	pb.RegisterLeaseServer(g, &leaseServer{s: s})
+	pb.RegisterClusterServer(g, &clusterServer{s: s})
+	pb.RegisterMaintenanceServer(g, &maintenanceServer{s: s})
+	healthpb.RegisterHealthServer(g, s.health)
+	reflection.Register(g)
+	s.metrics.grpc.InitializeMetrics(g)
+}
+
+// Close ends the watch and keepalive streams with ErrGRPCStopped and reports NOT_SERVING, so that a following
+// grpc.Server.GracefulStop waits for unary requests only. It may be called more than once.
+func (s *Server) Close() {
+	s.stop()
+	s.health.Shutdown()
+}
+
+// streamContext is ctx, cancelled also by Close. The caller must call cancel.
+func (s *Server) streamContext(ctx context.Context) (_ context.Context, cancel context.CancelFunc) {
+	ctx, cancelCause := context.WithCancelCause(ctx)
+	unlink := context.AfterFunc(s.stopping, func() { cancelCause(backend.ErrClosed) })
+	return ctx, func() { unlink(); cancelCause(nil) }
+}
+
+// streamEnd is the status of a stream that ended because its context did: stopped by us, or left by the client.
+func streamEnd(ctx context.Context) error {
+	if errors.Is(context.Cause(ctx), backend.ErrClosed) {
+		return toStatus(backend.ErrClosed)
+	}
+	return ctx.Err()
+}

@@ -1,0 +1,42 @@
+package conformance
+
+import (
+	"slices"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+var clusterCases = []testCase{
+	{name: "MemberList has the one member under the name, id and address it serves", run: func(x *exam) {
+		for _, linearizable := range []bool{true, false} {
+			r, err := x.Cluster.MemberList(x.ctx, &pb.MemberListRequest{Linearizable: linearizable})
+			x.must(err, &pb.MemberListRequest{})
+			if len(r.Members) != 1 {
+				x.Fatalf("members are %v, want one", r.Members)
+			}
+			m := r.Members[0]
+			equal(x, "name", m.Name, "default")
+			equal(x, "id", m.ID, r.Header.MemberId)
+			equal(x, "learner", m.IsLearner, false)
+			if !slices.Equal(m.ClientURLs, []string{"http://" + x.Address}) {
+				x.Errorf("client URLs are %v, want the one of %s", m.ClientURLs, x.Address)
+			}
+			if len(m.PeerURLs) == 0 {
+				x.Error("no peer URL")
+			}
+			if r.Header.ClusterId == 0 || r.Header.RaftTerm == 0 {
+				x.Errorf("incomplete header %v", r.Header)
+			}
+		}
+	}},
+
+	{name: "etcd's own client syncs its endpoints", run: func(x *exam) {
+		c := x.Client(x.T)
+		if err := c.Sync(x.ctx); err != nil {
+			x.Fatal(err)
+		}
+		if got := c.Endpoints(); !slices.Equal(got, []string{"http://" + x.Address}) {
+			x.Errorf("endpoints are %v", got)
+		}
+	}},
+}
