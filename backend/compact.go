@@ -57,14 +57,17 @@ func (c *compactor) wake() {
 	}
 }
 
-func (c *compactor) done(rev int64) {
+// done notes that everything up to rev is swept, and says whether that is news.
+func (c *compactor) done(rev int64) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if rev > c.swept {
-		c.swept = rev
-		close(c.moved)
-		c.moved = make(chan struct{})
+	if rev <= c.swept {
+		return false
 	}
+	c.swept = rev
+	close(c.moved)
+	c.moved = make(chan struct{})
+	return true
 }
 
 // WaitCompacted returns when the rows that compaction at rev made unreachable are gone from the database
@@ -155,9 +158,10 @@ func (db *DB) compactOnce() error {
 		}
 	}
 	db.marks.dropBefore(target)
-	db.compactor.done(target)
-	if h := db.opts.Hooks.CompactionDone; h != nil && rows > 0 {
-		h(target, rows, time.Since(start))
+	if db.compactor.done(target) {
+		if h := db.opts.Hooks.CompactionDone; h != nil {
+			h(target, rows, time.Since(start))
+		}
 	}
 	return nil
 }

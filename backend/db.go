@@ -84,6 +84,9 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 	db.logical.Store(db.st.logical)
 	db.publish()
 
+	if len(db.st.garbage) == 0 {
+		db.compactor.swept = db.st.compact
+	}
 	go db.commitLoop()
 	db.background.Add(2)
 	go db.expireLoop()

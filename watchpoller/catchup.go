@@ -11,7 +11,8 @@ const (
 	// What one read of history brings at most; and how many events times watchers it may come to, which keeps a
 	// round with a thousand watchers as short as a round with one.
 	catchUpEvents  = 4096
-	catchUpBytes   = 1 << 20
+	catchUpBytes   = 1 << 20 // less when no stream has that much room
+	minScanBytes   = 4 << 10
 	catchUpMatches = 256 << 10
 	minScanEvents  = 64
 
@@ -71,9 +72,13 @@ func (p *Poller) catchUpOnce() (more bool, err error) {
 	for _, w := range sc.picks[1:] {
 		hull = hull.hull(w.rng)
 	}
+	room := minScanBytes
+	for _, w := range sc.picks {
+		room = max(room, w.s.historyRoom())
+	}
 	key, end := hull.request()
 	res, err := p.src.History(p.ctx, backend.HistoryRequest{
-		From: from, Key: key, RangeEnd: end, MaxBytes: catchUpBytes,
+		From: from, Key: key, RangeEnd: end, MaxBytes: min(room, catchUpBytes),
 		MaxEvents: max(minScanEvents, min(catchUpEvents, catchUpMatches/len(sc.picks))),
 	})
 	var compacted *backend.CompactedError

@@ -347,7 +347,7 @@ func TestOneReadServesManyLaggingWatchers(t *testing.T) {
 // TestABoundIsABound: what waits for a client that does not read stays within the bound and a revision per reader,
 // whatever is written and however many watchers it has; and its unanswered requests are not read on.
 func TestABoundIsABound(t *testing.T) {
-	const bound = 20000
+	const bound = 20_000
 	within(t, Options{StreamBytes: bound}, func(t *testing.T, src *memSource, p *Poller) {
 		c := connect(p, nil)
 		for range 50 {

@@ -108,7 +108,7 @@ func (c *modelClient) see(r *pb.WatchResponse) {
 // TestRandomAgainstModel runs random clients against random writes, with stalls, compactions, cancels and failing
 // reads, and compares what every watch was sent with what a scan over all rows says it must be sent.
 func TestRandomAgainstModel(t *testing.T) {
-	rounds := 30
+	rounds := 20
 	if testing.Short() {
 		rounds = 5
 	}

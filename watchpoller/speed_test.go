@@ -84,7 +84,7 @@ func BenchmarkLatency(b *testing.B) {
 		<-got
 		total += time.Duration(sent.Load()) - at
 	}
-	b.ReportMetric(float64(total.Nanoseconds())/float64(b.N), "ns/hop")
+	b.ReportMetric(float64(total.Nanoseconds())/float64(b.N), "ns/commit-to-send")
 }
 
 var epoch = time.Now()

@@ -55,21 +55,32 @@ func replay(p *pair, q sequence) error {
 	return p.finish()
 }
 
-// shrink drops operations from q as long as a difference remains: halves first, single ones at last. Each
-// try has two fresh servers, because after a difference the old ones are no longer alike. It stops at the
-// deadline with what it has.
+// shrink drops operations from q as long as a difference remains: halves first, single ones at last. It
+// stops at the deadline with what it has.
 func shrink(t *testing.T, q sequence, first, second start.Func, deadline time.Time) sequence {
+	// After a difference the two stores are perhaps no longer alike, so the next try has two fresh
+	// servers; as long as they agree they serve for many tries.
+	var p *pair
+	defer func() {
+		if p != nil {
+			p.close()
+		}
+	}()
 	fails := func(try sequence) error {
-		var err error
-		t.Run("try", func(t *testing.T) {
-			p, perr := newPair(first(t, start.Options{}), second(t, start.Options{}))
-			if perr != nil {
-				t.Logf("no servers for a shorter sequence: %v", perr)
-				return
+		if p == nil {
+			var err error
+			if p, err = newPair(first(t, start.Options{}), second(t, start.Options{})); err != nil {
+				t.Logf("no servers for a shorter sequence: %v", err)
+				p = nil
+				return nil
 			}
-			defer p.close()
-			err = replay(p, try)
-		})
+		}
+		err := replay(p, try)
+		if err == nil {
+			return nil
+		}
+		p.close()
+		p = nil
 		var d *difference
 		if errors.As(err, &d) {
 			return d
@@ -78,27 +89,24 @@ func shrink(t *testing.T, q sequence, first, second start.Func, deadline time.Ti
 	}
 	for size := (len(q.operations) + 1) / 2; size >= 1; {
 		dropped := false
-		for from := 0; from < len(q.operations); {
+		// From the end, so that what comes after the last needed operation goes first.
+		for to := len(q.operations); to > 0; {
 			if time.Now().After(deadline) {
 				return q
 			}
-			to := min(from+size, len(q.operations))
+			from := max(to-size, 0)
 			try := sequence{base: q.base}
 			try.operations = append(append(try.operations, q.operations[:from]...), q.operations[to:]...)
 			if err := fails(try); err != nil {
 				q, dropped = try, true
 				q.err = err
-				continue // the next ones have moved to from
 			}
-			from = to
+			to = from
 		}
 		if size == 1 && !dropped {
 			break
 		}
 		size = max(size/2, 1)
-		if size == 1 && len(q.operations) == 0 {
-			break
-		}
 	}
 	return q
 }
