@@ -61,10 +61,10 @@ func bigScene() scene {
 	}
 }
 
-// coolKeys update keys of the big set that are not among the hot ones, each worker its own.
+// coolUpdate updates a key that is not among the hot ones; each worker has its own.
 func (b *bed) coolUpdate(ctx context.Context, w *worker) error {
 	s := b.keys[big]
-	own := (s.n - bigHot) / workers64
+	own := (s.n - bigHot) / w.of
 	return s.update(ctx, w, bigHot+w.id*own+w.rng.IntN(own))
 }
 

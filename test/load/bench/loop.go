@@ -13,7 +13,7 @@ import (
 
 // worker is one client: it sends a request, waits for the answer, sends the next.
 type worker struct {
-	id      int
+	id, of  int // this one, and how many there are
 	conn    *grpc.ClientConn
 	rng     *rand.Rand
 	request []byte // buffers that are used again
@@ -74,7 +74,7 @@ func (b *bed) closedLoopDuring(ctx context.Context, n int, op func(context.Conte
 	workers := make([]*worker, n)
 	var working sync.WaitGroup
 	for i := range workers {
-		w := &worker{id: i, conn: b.conns[i%len(b.conns)], rng: rand.New(rand.NewPCG(uint64(i), uint64(time.Now().UnixNano())))}
+		w := &worker{id: i, of: n, conn: b.conns[i%len(b.conns)], rng: rand.New(rand.NewPCG(uint64(i), uint64(time.Now().UnixNano())))}
 		workers[i] = w
 		working.Go(func() {
 			for phase.Load() != stopping {
@@ -133,7 +133,7 @@ func (b *bed) fixed(ctx context.Context, n, total int, op func(ctx context.Conte
 	var next atomic.Int64
 	var working sync.WaitGroup
 	for k := range n {
-		w := &worker{id: k, conn: b.conns[k%len(b.conns)], rng: rand.New(rand.NewPCG(uint64(k), 1))}
+		w := &worker{id: k, of: n, conn: b.conns[k%len(b.conns)], rng: rand.New(rand.NewPCG(uint64(k), 1))}
 		working.Go(func() {
 			for ctx.Err() == nil {
 				i := int(next.Add(1)) - 1

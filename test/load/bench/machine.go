@@ -95,7 +95,7 @@ func describe(ctx context.Context, o *options, kind string) (string, error) {
 	switch kind {
 	case "kine":
 		return fmt.Sprintf("kine: v0.16.4 (answers as etcd %s), its default SQLite data source (`_journal_mode=WAL&_synchronous=NORMAL&cache=shared`): "+
-			"a commit is **not** synced, a power cut loses acknowledged writes", r.Version), nil
+			"a commit is **not** synced, a power cut loses acknowledged writes. Its 'put' is an update Txn: its Put of an existing key answers success without having written", r.Version), nil
 	case "kine-full":
 		return "kine-full: the same kine with `_synchronous=FULL`: each commit is synced, as etcd and quire do", nil
 	default:

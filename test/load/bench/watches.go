@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,18 +10,19 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
 const (
-	watched       = "/registry/watched/"
+	watchedOne    = "/registry/one/"
+	watchedMany   = "/registry/many/"
+	watchedIdle   = "/registry/idle/"
 	catchUp       = "/registry/catchup/"
 	watchStreams  = 10
 	watchers      = 1000
-	watchPrefixes = 100 // so each write reaches ten watchers
+	watchedKeys   = 100 // so each write reaches ten watchers
 	watchRate     = 200 // writes a second
 	history       = 50_000
 )
@@ -32,6 +32,12 @@ func watchScene() scene {
 	return scene{
 		name: "watches",
 		prepare: func(ctx context.Context, b *bed) error {
+			if _, err := b.load(ctx, watchedOne, 1, kib); err != nil {
+				return err
+			}
+			if _, err := b.load(ctx, watchedMany, watchedKeys, kib); err != nil {
+				return err
+			}
 			s, err := b.load(ctx, catchUp, 1000, kib)
 			if err != nil {
 				return err
@@ -53,12 +59,12 @@ func watchScene() scene {
 		},
 		workloads: []workload{
 			{
-				name:    "watch, 1 watcher, idle server: put sent → event here",
+				name:    "watch, 1 watcher, idle server: update sent → event here",
 				metrics: []metric{{unit: "ms p50"}, {unit: "ms p99"}},
 				run:     watchIdle,
 			},
 			{
-				name:    "watch, 1000 watchers on 10 streams, 200 writes/s: put answered → event here",
+				name:    "watch, 1000 watchers on 10 streams, 200 updates/s: answered → event here",
 				metrics: []metric{{unit: "ms p99"}},
 				run:     watchMany,
 			},
@@ -155,71 +161,81 @@ func (ws *watchStream) events(f func(kv []byte) error) error {
 	return err
 }
 
-// putNumbered puts a value that begins with a number, for the watcher to know which write it sees.
-func putNumbered(ctx context.Context, w *worker, key []byte, n uint64) error {
-	v := slices.Clone(filling[:kib])
-	binary.BigEndian.PutUint64(v, n)
-	req, err := proto.Marshal(&pb.PutRequest{Key: key, Value: v})
-	if err != nil {
+// modRevision reads the mod_revision of an encoded key-value.
+func modRevision(kv []byte) (int64, error) {
+	var rev int64
+	err := fields(kv, func(num protowire.Number, v uint64, _ []byte) {
+		if num == fieldKVModRevision {
+			rev = int64(v)
+		}
+	})
+	return rev, err
+}
+
+// arrival is an event as a watcher saw it.
+type arrival struct {
+	rev int64
+	at  time.Time
+}
+
+// arrivals receives one answer and appends its events to seen.
+func (ws *watchStream) arrivals(seen []arrival) ([]arrival, error) {
+	if err := ws.RecvMsg(&ws.answer); err != nil {
+		return seen, err
+	}
+	at := time.Now()
+	err := ws.events(func(kv []byte) error {
+		rev, err := modRevision(kv)
+		seen = append(seen, arrival{rev, at})
 		return err
-	}
-	return call(ctx, w.conn, methodPut, req, &w.answer)
+	})
+	return seen, err
 }
 
-// number reads what putNumbered wrote.
-func number(kv []byte) (uint64, error) {
-	m := &mvccpb.KeyValue{}
-	if err := proto.Unmarshal(kv, m); err != nil {
-		return 0, err
-	}
-	if len(m.Value) < 8 {
-		return 0, errors.New("an event has no value")
-	}
-	return binary.BigEndian.Uint64(m.Value), nil
-}
-
-// watchIdle puts one key at a time, with a pause, and measures until the event arrives.
+// watchIdle updates one key at a time, with a pause, and measures until the event arrives.
 func watchIdle(ctx context.Context, b *bed) ([]float64, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ws, err := openWatches(ctx, b.conns[0], 0, [2]string{watched, watched + "\xff"})
+	s := b.keys[watchedOne]
+	if err := b.refresh(ctx, watchedOne); err != nil {
+		return nil, err
+	}
+	ws, err := openWatches(ctx, b.conns[0], 0, [2]string{watchedOne, watchedOne + "\xff"})
 	if err != nil {
 		return nil, err
 	}
+	arrived := make(chan arrival, 16)
+	failed := make(chan error, 1)
+	go func() {
+		for {
+			seen, err := ws.arrivals(nil)
+			if err != nil {
+				failed <- err // the last thing: nobody need take it
+				return
+			}
+			for _, a := range seen {
+				arrived <- a
+			}
+		}
+	}()
 	w := &worker{conn: b.conns[len(b.conns)-1]}
 	var took []time.Duration
-	key := []byte(watched + "idle")
-	b.fresh++
-	for n, end := uint64(b.fresh)<<32, time.Now().Add(b.o.seconds+b.o.warmup); time.Now().Before(end); n++ {
-		arrived := make(chan error, 1)
-		var at time.Time
-		go func() {
-			for seen := false; !seen; {
-				if err := ws.next(func(kv []byte) error {
-					got, err := number(kv)
-					seen = seen || got == n
-					return err
-				}); err != nil {
-					arrived <- err
-					return
-				}
-			}
-			at = time.Now()
-			arrived <- nil
-		}()
+	for end := time.Now().Add(b.o.seconds + b.o.warmup); time.Now().Before(end); {
 		sent := time.Now()
-		if err := putNumbered(ctx, w, key, n); err != nil {
+		if err := s.update(ctx, w, 0); err != nil {
 			return nil, err
 		}
 		select {
-		case err := <-arrived:
-			if err != nil {
-				return nil, err
+		case a := <-arrived:
+			if a.rev != s.revs[0] {
+				return nil, fmt.Errorf("an event of revision %d arrived, %d was due", a.rev, s.revs[0])
 			}
+			took = append(took, a.at.Sub(sent))
+		case err := <-failed:
+			return nil, err
 		case <-time.After(30 * time.Second):
 			return nil, errors.New("an event did not arrive within 30 s")
 		}
-		took = append(took, at.Sub(sent))
 		sleep(ctx, 2*time.Millisecond)
 	}
 	slices.Sort(took)
@@ -230,12 +246,16 @@ func watchIdle(ctx context.Context, b *bed) ([]float64, error) {
 func watchMany(ctx context.Context, b *bed) ([]float64, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	s := b.keys[watchedMany]
+	if err := b.refresh(ctx, watchedMany); err != nil {
+		return nil, err
+	}
 	perStream := watchers / watchStreams
 	streams := make([]*watchStream, watchStreams)
 	for i := range streams {
 		var ranges [][2]string
 		for k := range perStream {
-			prefix := fmt.Sprintf("%smany/%03d/", watched, (i*perStream+k)%watchPrefixes)
+			prefix := string(s.key((i*perStream + k) % s.n))
 			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
 		}
 		var err error
@@ -243,11 +263,6 @@ func watchMany(ctx context.Context, b *bed) ([]float64, error) {
 			return nil, err
 		}
 	}
-	type arrival struct {
-		n  uint64
-		at time.Time
-	}
-	// Writes are numbered from 1; each stream notes when it saw which.
 	seen := make([][]arrival, watchStreams)
 	var total atomic.Int64
 	failed := make(chan error, watchStreams)
@@ -255,41 +270,31 @@ func watchMany(ctx context.Context, b *bed) ([]float64, error) {
 	for i, ws := range streams {
 		reading.Go(func() {
 			for {
-				err := ws.RecvMsg(&ws.answer)
-				at := time.Now()
-				if err == nil {
-					err = ws.events(func(kv []byte) error {
-						n, err := number(kv)
-						seen[i] = append(seen[i], arrival{n, at})
-						total.Add(1)
-						return err
-					})
-				}
-				if err != nil {
+				before := len(seen[i])
+				var err error
+				if seen[i], err = ws.arrivals(seen[i]); err != nil {
 					if ctx.Err() == nil {
 						failed <- err
 					}
 					return
 				}
+				total.Add(int64(len(seen[i]) - before))
 			}
 		})
 	}
-	var answered []time.Time // of write n+1
+	answered := map[int64]time.Time{} // by revision
 	writing, stop := context.WithTimeout(ctx, b.o.seconds+b.o.warmup)
 	err := b.paced(writing, watchRate, func(_ context.Context, w *worker) error {
-		n := uint64(len(answered) + 1)
-		key := fmt.Appendf(nil, "%smany/%03d/key", watched, w.rng.IntN(watchPrefixes))
-		if err := putNumbered(ctx, w, key, n); err != nil {
-			return err
-		}
-		answered = append(answered, time.Now())
-		return nil
+		i := w.rng.IntN(s.n)
+		err := s.update(ctx, w, i) // not with the context that ends the writing: a write that is cut off has no answer
+		answered[s.revs[i]] = time.Now()
+		return err
 	})
 	stop()
 	if err != nil {
 		return nil, err
 	}
-	want := int64(len(answered) * watchers / watchPrefixes)
+	want := int64(len(answered) * watchers / s.n)
 	for deadline := time.Now().Add(20 * time.Second); total.Load() < want && time.Now().Before(deadline) && len(failed) == 0; {
 		sleep(ctx, time.Millisecond)
 	}
@@ -305,7 +310,7 @@ func watchMany(ctx context.Context, b *bed) ([]float64, error) {
 	for _, arrivals := range seen {
 		for _, a := range arrivals {
 			// An event may be here before the answer: that is not late at all.
-			late = append(late, max(0, a.at.Sub(answered[a.n-1])))
+			late = append(late, max(0, a.at.Sub(answered[a.rev])))
 		}
 	}
 	slices.Sort(late)
@@ -336,12 +341,8 @@ func watchCatchUp(ctx context.Context, b *bed) ([]float64, error) {
 	for n := 0; n < want; {
 		if err := ws.next(func(kv []byte) error {
 			n++
-			var rev int64
-			if err := fields(kv, func(num protowire.Number, v uint64, _ []byte) {
-				if num == fieldKVModRevision {
-					rev = int64(v)
-				}
-			}); err != nil {
+			rev, err := modRevision(kv)
+			if err != nil {
 				return err
 			}
 			if rev <= last {
@@ -363,7 +364,7 @@ func watchNothing(ctx context.Context, b *bed) ([]float64, error) {
 	for i := range 10 {
 		var ranges [][2]string
 		for k := range 10 {
-			prefix := fmt.Sprintf("%sidle/%d/%d/", watched, i, k)
+			prefix := fmt.Sprintf("%s%d/%d/", watchedIdle, i, k)
 			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
 		}
 		if _, err := openWatches(ctx, b.conns[i%len(b.conns)], 0, ranges...); err != nil {
