@@ -57,14 +57,18 @@ func (s *stream) answerProgress() {
 	if s.lagging.Load() > 0 {
 		return
 	}
-	delete(p.mu.asking, s)
-	if len(s.watchers) == 0 {
-		return
-	}
+	answer := len(s.watchers) > 0
 	for _, w := range s.watchers {
-		if w.state != synced || w.startRev > rev {
-			return
+		switch {
+		case w.state != synced || w.startRev > p.src.Revision():
+			answer = false
+		case w.next > rev+1 || w.startRev > rev:
+			return // follow is behind: the answer must not be older than what the client has seen from history
 		}
+	}
+	delete(p.mu.asking, s)
+	if !answer {
+		return
 	}
 	s.control(nil, &pb.WatchResponse{Header: &pb.ResponseHeader{Revision: rev}, WatchId: allWatchers})
 }
@@ -75,12 +79,12 @@ func (s *stream) notifyProgress() {
 	p := s.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	rev := p.mu.next - 1
 	for _, id := range slices.Sorted(maps.Keys(s.watchers)) {
 		w := s.watchers[id]
 		if !w.progressNotify {
 			continue
 		}
+		rev := max(p.mu.next, w.next) - 1 // catchUp may have been ahead of follow
 		if w.quiet.Load() && w.state == synced && w.startRev <= rev {
 			s.control(w, &pb.WatchResponse{Header: &pb.ResponseHeader{Revision: rev}, WatchId: w.id})
 		}

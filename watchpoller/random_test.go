@@ -70,6 +70,9 @@ func (c *modelClient) see(r *pb.WatchResponse) {
 		c.progs++
 		for _, w := range c.all {
 			if w.created && !w.canceled {
+				if r.Header.Revision < w.last {
+					c.t.Errorf("%s: a mark goes back from %d: %v", c.name, w.last, describe(r))
+				}
 				c.marks = append(c.marks, mark{w, r.Header.Revision, len(w.got)})
 			}
 		}
@@ -88,6 +91,9 @@ func (c *modelClient) see(r *pb.WatchResponse) {
 		w.canceled = true
 		w.compact = r.CompactRevision
 	case len(r.Events) == 0:
+		if r.Header.Revision < w.last {
+			c.t.Errorf("%s: a mark goes back from %d: %v", c.name, w.last, describe(r))
+		}
 		c.marks = append(c.marks, mark{w, r.Header.Revision, len(w.got)})
 	default:
 		if first := r.Events[0].Kv.ModRevision; first == w.last && !w.fragment {
@@ -136,7 +142,7 @@ func randomRound(t *testing.T, seed uint64) {
 	}
 	key := func() string { return string([]byte{"abc"[r.IntN(3)], "abc"[r.IntN(3)]}[:1+r.IntN(2)]) }
 	compacts := r.IntN(2) == 0
-	for range 2000 {
+	for range 1000 {
 		switch n := r.IntN(100); {
 		case n < 60:
 			var ops []op
@@ -149,7 +155,7 @@ func randomRound(t *testing.T, seed uint64) {
 				}
 			}
 			src.txn(ops...)
-		case n < 75:
+		case n < 66:
 			c := clients[r.IntN(len(clients))]
 			rng := randomRange(r)
 			key, end := rng.request()
@@ -183,7 +189,7 @@ func randomRound(t *testing.T, seed uint64) {
 			} else {
 				c.create(req)
 			}
-		case n < 78:
+		case n < 70:
 			c := clients[r.IntN(len(clients))]
 			c.client.mu.Lock()
 			stalled := c.stall != nil
@@ -191,7 +197,7 @@ func randomRound(t *testing.T, seed uint64) {
 			if !stalled && len(c.all) > 0 {
 				c.cancelWatch(int64(1 + r.IntN(len(c.all))))
 			}
-		case n < 84:
+		case n < 78:
 			c := clients[r.IntN(len(clients))]
 			c.client.mu.Lock()
 			stalled := c.stall != nil
@@ -199,7 +205,7 @@ func randomRound(t *testing.T, seed uint64) {
 			if !stalled {
 				c.progress()
 			}
-		case n < 90:
+		case n < 86:
 			c := clients[r.IntN(len(clients))].client
 			c.mu.Lock()
 			if c.stall == nil {
@@ -209,9 +215,9 @@ func randomRound(t *testing.T, seed uint64) {
 				c.stall = nil
 			}
 			c.mu.Unlock()
-		case n < 91 && compacts:
+		case n < 87 && compacts:
 			src.compactAt(max(1, src.Revision()-r.Int64N(50)))
-		case n < 92:
+		case n < 88:
 			src.fail(errBroken)
 			time.Sleep(time.Duration(r.IntN(200)) * time.Microsecond) // long enough to be met, now and then
 			src.fail(nil)

@@ -45,7 +45,12 @@ func testLists(t *testing.T, cp *controlPlane, r resource) {
 	}
 
 	stop := make(chan struct{})
+	stopOnce := sync.OnceFunc(func() { close(stop) })
 	var writers sync.WaitGroup
+	defer func() { // when the test ends early, too
+		stopOnce()
+		writers.Wait()
+	}()
 	for writer := range 3 {
 		writers.Go(func() { writeUntil(t, cp, r, namespace, writer, stop) })
 	}
@@ -53,7 +58,7 @@ func testLists(t *testing.T, cp *controlPlane, r resource) {
 	for range listRounds {
 		listings = append(listings, listPages(t, cp, r, namespace, nil))
 	}
-	close(stop)
+	stopOnce()
 	writers.Wait()
 	if t.Failed() {
 		return

@@ -41,7 +41,12 @@ func testRestarts(t *testing.T, cp *controlPlane) {
 	informers := startInformers(t, cp, namespace)
 
 	stop := make(chan struct{})
+	stopOnce := sync.OnceFunc(func() { close(stop) })
 	var writers sync.WaitGroup
+	defer func() { // when the test ends early, too
+		stopOnce()
+		writers.Wait()
+	}()
 	var all []*writer
 	for _, r := range resources {
 		for i := range writersPer {
@@ -70,7 +75,7 @@ func testRestarts(t *testing.T, cp *controlPlane) {
 	eventually(t, time.Minute, func() (bool, string) {
 		return acknowledged(all) >= before+100, "writers did not go on after the last restart"
 	})
-	close(stop)
+	stopOnce()
 	writers.Wait()
 	cp.checkEtcdChecks(t, true)
 	if t.Failed() {
@@ -182,22 +187,22 @@ func (w *writer) write(name, text string) error {
 	default:
 		object, err = w.resource.update(ctx, client, name, text)
 	}
-	switch {
-	case err == nil && remove:
-		delete(w.state, name)
+	if err == nil {
 		w.count.Add(1)
-		return nil
-	case err == nil:
+		if remove {
+			delete(w.state, name)
+			return nil
+		}
 		w.state[name] = text
-		w.count.Add(1)
 		revision, err := w.see(object)
+		if err != nil {
+			return err
+		}
 		w.acknowledged[revision] = change{name: name, text: text}
-		return err
-	case apierrors.IsAlreadyExists(err) && !present, apierrors.IsNotFound(err) && present:
-		// The API server itself repeats a request when the store's answer
-		// was lost, so this may be the echo of its own first attempt; the
-		// read below tells.
+		return nil
 	}
+	// Even AlreadyExists and NotFound are no answers: they may be the echo of
+	// a first attempt that the API server repeated. A read tells.
 	w.unknown.Add(1)
 
 	object, err = w.read(name)

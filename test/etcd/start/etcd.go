@@ -100,7 +100,7 @@ func tempDir(t testing.TB) string {
 			base = "/dev/shm"
 		}
 	}
-	dir, err := os.MkdirTemp(base, "quire-test-")
+	dir, err := os.MkdirTemp(base, "blackbox-")
 	if err != nil {
 		t.Fatal(err)
 	}

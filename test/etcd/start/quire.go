@@ -234,6 +234,7 @@ func (p *Process) Stop(limit time.Duration) (int, error) {
 func (p *Process) stopCleanly(t testing.TB) {
 	select {
 	case <-p.exited:
+		t.Logf("quire (pid %d) had ended before the test: %v", p.PID(), p.state)
 		return
 	default:
 	}

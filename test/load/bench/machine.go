@@ -98,6 +98,8 @@ func describe(ctx context.Context, o *options, kind string) (string, error) {
 			"a commit is **not** synced, a power cut loses acknowledged writes. Its 'put' is an update Txn: its Put of an existing key answers success without having written", r.Version), nil
 	case "kine-full":
 		return "kine-full: the same kine with `_synchronous=FULL`: each commit is synced, as etcd and quire do", nil
+	case "etcd":
+		return fmt.Sprintf("etcd: %s, every acknowledged write synced, no other settings than %s; its resident memory includes the mapped database file", r.Version, quota), nil
 	default:
 		return fmt.Sprintf("%s: %s, every acknowledged write synced, no other settings than %s", kind, r.Version, quota), nil
 	}

@@ -16,15 +16,15 @@ import (
 )
 
 const (
-	watchedOne    = "/registry/one/"
-	watchedMany   = "/registry/many/"
-	watchedIdle   = "/registry/idle/"
-	catchUp       = "/registry/catchup/"
-	watchStreams  = 10
-	watchers      = 1000
-	watchedKeys   = 100 // so each write reaches ten watchers
-	watchRate     = 200 // writes a second
-	history       = 50_000
+	watchedOne   = "/registry/one/"
+	watchedMany  = "/registry/many/"
+	watchedIdle  = "/registry/idle/"
+	catchUp      = "/registry/catchup/"
+	watchStreams = 10
+	watchers     = 1000
+	watchedKeys  = 100 // so each write reaches ten watchers
+	watchRate    = 200 // writes a second
+	history      = 50_000
 )
 
 // watchScene: how soon events come, how fast a watcher catches up, and what an idle one costs.
@@ -88,8 +88,13 @@ type watchStream struct {
 	answer []byte
 }
 
-// openWatches opens a stream with one watch for each range [key, end) and waits until all are created.
-func openWatches(ctx context.Context, c *grpc.ClientConn, from int64, ranges ...[2]string) (*watchStream, error) {
+// openWatches opens a stream with one watch for each range [key, end), from the next revision on, and waits until all are
+// created. Nothing must be written meanwhile. The revision is named because kine takes 0 for the beginning of history.
+func (b *bed) openWatches(ctx context.Context, c *grpc.ClientConn, ranges ...[2]string) (*watchStream, error) {
+	now, err := b.revision(ctx)
+	if err != nil {
+		return nil, err
+	}
 	s, err := c.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, methodWatch)
 	if err != nil {
 		return nil, err
@@ -97,7 +102,7 @@ func openWatches(ctx context.Context, c *grpc.ClientConn, from int64, ranges ...
 	ws := &watchStream{ClientStream: s}
 	for _, r := range ranges {
 		req, err := proto.Marshal(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
-			Key: []byte(r[0]), RangeEnd: []byte(r[1]), StartRevision: from,
+			Key: []byte(r[0]), RangeEnd: []byte(r[1]), StartRevision: now + 1,
 		}}})
 		if err != nil {
 			return nil, err
@@ -200,7 +205,7 @@ func watchIdle(ctx context.Context, b *bed) ([]float64, error) {
 	if err := b.refresh(ctx, watchedOne); err != nil {
 		return nil, err
 	}
-	ws, err := openWatches(ctx, b.conns[0], 0, [2]string{watchedOne, watchedOne + "\xff"})
+	ws, err := b.openWatches(ctx, b.conns[0], [2]string{watchedOne, watchedOne + "\xff"})
 	if err != nil {
 		return nil, err
 	}
@@ -259,7 +264,7 @@ func watchMany(ctx context.Context, b *bed) ([]float64, error) {
 			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
 		}
 		var err error
-		if streams[i], err = openWatches(ctx, b.conns[i%len(b.conns)], 0, ranges...); err != nil {
+		if streams[i], err = b.openWatches(ctx, b.conns[i%len(b.conns)], ranges...); err != nil {
 			return nil, err
 		}
 	}
@@ -367,7 +372,7 @@ func watchNothing(ctx context.Context, b *bed) ([]float64, error) {
 			prefix := fmt.Sprintf("%s%d/%d/", watchedIdle, i, k)
 			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
 		}
-		if _, err := openWatches(ctx, b.conns[i%len(b.conns)], 0, ranges...); err != nil {
+		if _, err := b.openWatches(ctx, b.conns[i%len(b.conns)], ranges...); err != nil {
 			return nil, err
 		}
 	}
