@@ -44,7 +44,7 @@ func (s alarmSet) without(k alarmKey) alarmSet {
 	return next
 }
 
-// alarms holds the current set; the committer replaces it.
+// alarms holds the current set; the committer replaces it when a change of it is durable.
 type alarms struct {
 	mu  sync.RWMutex
 	now alarmSet
@@ -84,17 +84,15 @@ func (db *DB) Alarms() []*pb.AlarmMember {
 
 // changeAlarm raises or clears an alarm as part of the batch.
 func (b *batch) changeAlarm(k alarmKey, raise bool) {
-	cur := b.db.alarms.current()
-	if _, standing := cur[k]; standing == raise {
+	if _, standing := b.alarms[k]; standing == raise {
 		return
 	}
 	if raise {
-		b.db.alarms.set(cur.with(k))
+		b.alarms = b.alarms.with(k)
 	} else {
-		b.db.alarms.set(cur.without(k))
+		b.alarms = b.alarms.without(k)
 	}
-	b.alarms = true
-	b.alarmsHeard = append(b.alarmsHeard, alarmChange{k, raise})
+	b.alarmChanges = append(b.alarmChanges, alarmChange{k, raise})
 }
 
 // Charges against the quota, in bytes, beside keys and values: etcd's own estimates
@@ -136,7 +134,7 @@ func (b *batch) checkSpace(req any) error {
 	if c == 0 || b.db.opts.QuotaBytes < 0 {
 		return nil
 	}
-	if b.db.alarms.current().has(pb.AlarmType_NOSPACE) {
+	if b.alarms.has(pb.AlarmType_NOSPACE) {
 		return ErrNoSpace
 	}
 	if b.st.logical+c > b.db.opts.QuotaBytes {
@@ -150,8 +148,9 @@ func (b *batch) checkSpace(req any) error {
 // far enough from the quota that it does not come back with the next write.
 const roomAgain = 95
 
-// hasRoomAgain says whether the NOSPACE alarm should go.
+// hasRoomAgain says whether our NOSPACE alarm should go.
 func (db *DB) hasRoomAgain() bool {
-	q := db.opts.QuotaBytes
-	return db.alarms.current().has(pb.AlarmType_NOSPACE) && (q < 0 || db.st.logical < q/100*roomAgain)
+	_, standing := db.alarms.current()[alarmKey{db.opts.MemberID, pb.AlarmType_NOSPACE}]
+	q := float64(db.opts.QuotaBytes)
+	return standing && (q < 0 || float64(db.st.logical) < q*roomAgain/100)
 }

@@ -12,7 +12,7 @@ import (
 // neither a clock nor random numbers, and no map order reaches a row.
 //
 // A Command that returns an error has changed nothing, but for the NOSPACE alarm that it may raise.
-// A storage error sets b.failure, which fails the whole batch.
+// A Command that fails after it has written something sets b.failure, which fails the whole batch.
 func (b *batch) apply(cmd Command) (proto.Message, error) {
 	b.next(cmd.Author)
 	resp, err := b.applyRequest(cmd.Request)
@@ -23,8 +23,10 @@ func (b *batch) apply(cmd Command) (proto.Message, error) {
 }
 
 func (b *batch) applyRequest(req proto.Message) (proto.Message, error) {
-	if b.db.alarms.current().has(pb.AlarmType_CORRUPT) {
-		if _, ok := req.(*pb.AlarmRequest); !ok {
+	if b.alarms.has(pb.AlarmType_CORRUPT) {
+		switch req.(type) {
+		case *pb.AlarmRequest, *pb.LeaseKeepAliveRequest:
+		default:
 			return nil, ErrCorrupt
 		}
 	}
@@ -90,6 +92,7 @@ func (b *batch) applyLeaseGrant(r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse
 		return nil, ErrLeaseExists
 	}
 	ttl := max(r.TTL, b.db.opts.MinLeaseTTL)
+	b.st.logical += leaseCharge
 	b.leases.grant(r.ID, ttl, b.now+ttl*1e6)
 	return &pb.LeaseGrantResponse{Header: b.header(), ID: r.ID, TTL: ttl}, nil
 }
@@ -106,6 +109,7 @@ func (b *batch) applyLeaseRevoke(r *pb.LeaseRevokeRequest) (*pb.LeaseRevokeRespo
 // revoke deletes the lease's keys, sorted, as one revision, and the lease.
 func (b *batch) revoke(l *lease) {
 	keys := l.sortedKeys()
+	b.st.logical -= leaseCharge
 	b.leases.revoke(l)
 	for _, k := range keys {
 		b.deleteKeys(keyRange{from: []byte(k), single: true})
@@ -123,9 +127,13 @@ func (b *batch) applyLeaseKeepAlive(r *pb.LeaseKeepAliveRequest) (*pb.LeaseKeepA
 	return &pb.LeaseKeepAliveResponse{Header: b.header(), ID: l.id, TTL: l.ttl}, nil
 }
 
-// applyExpiry revokes leases that are due, the oldest deadline first, each in a revision of its own.
-func (b *batch) applyExpiry(e *expireLeases) (ids []int64) {
-	for len(ids) < e.max && len(b.db.leases.due) > 0 {
+// applyExpiry revokes leases that are due, the oldest deadline first, each in a revision of its own. Under the
+// CORRUPT alarm nothing is revoked, as in etcd.
+func (b *batch) applyExpiry() (ids []int64) {
+	if b.alarms.has(pb.AlarmType_CORRUPT) {
+		return nil
+	}
+	for len(ids) < expiredPerCommand && len(b.rows) < expiredRowsPerCommand && len(b.db.leases.due) > 0 {
 		l := b.db.leases.due[0]
 		if l.deadline > b.now {
 			break
@@ -140,7 +148,7 @@ func (b *batch) applyExpiry(e *expireLeases) (ids []int64) {
 func (b *batch) applyAlarm(r *pb.AlarmRequest) *pb.AlarmResponse {
 	resp := &pb.AlarmResponse{Header: b.header()}
 	k := alarmKey{r.MemberID, r.Alarm}
-	_, standing := b.db.alarms.current()[k]
+	_, standing := b.alarms[k]
 	switch r.Action {
 	case pb.AlarmRequest_ACTIVATE:
 		if r.Alarm == pb.AlarmType_NONE {

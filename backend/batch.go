@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"fmt"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
@@ -9,12 +10,12 @@ import (
 // state is what only the holder of the commit token reads and writes: the store ahead of the Views.
 type state struct {
 	keys    *treeEdit
-	rev     int64 // newest revision
-	compact int64 // compaction revision; -1: never compacted, as etcd counts
-	nextID  int64 // id of the next row
-	applied uint64
-	clock   int64 // µs; the newest committed_at: time does not run backwards in the history
-	logical int64 // bytes of keys and values, and rowOverhead for each row, of all rows not compacted
+	rev     int64  // newest revision
+	compact int64  // compaction revision; -1: never compacted, as etcd counts
+	nextID  int64  // id of the next row
+	others  uint64 // batches that changed something else than rows; with the rows, the applied index
+	clock   int64  // µs; the newest committed_at: time does not run backwards in the history
+	logical int64  // bytes of keys and values, and rowOverhead for each row, of all rows not compacted; and leaseCharge for each lease
 
 	// log names the records at or after the compaction revision in the order of their revisions:
 	// what compaction will walk next.
@@ -53,20 +54,20 @@ type batch struct {
 	st     *state
 	reader // reads the state as the Commands before left it, and the current one's own changes
 
-	now    int64 // µs; the only clock there is in apply
+	now    int64 // µs; the only clock there is in apply: DB.now when the batch began
+	at     int64 // µs; committed_at of the rows: now, but never before a row that is there
 	author string
 	begin  int64 // revision before the current Command
 	sub    int64 // rows of the current Command so far
 
-	rows        []row
-	undo        []undoWrite
-	leases      leaseChanges
-	compacted   bool // the compaction revision moved
-	alarms      bool // the alarms changed
-	failure     error
-	was         savedState
-	alarmsWere  alarmSet
-	alarmsHeard []alarmChange
+	rows         []row
+	undo         []undoWrite
+	leases       leaseChanges
+	compacted    bool // the compaction revision moved
+	alarms       alarmSet
+	alarmChanges []alarmChange
+	failure      error
+	was          savedState
 }
 
 type undoWrite struct {
@@ -82,22 +83,22 @@ type savedState struct {
 	rev     int64
 	compact int64
 	nextID  int64
-	applied uint64
 	logical int64
 	logLen  int
 }
 
-func (db *DB) newBatch(ctx context.Context, now int64) *batch {
+// newBatch begins a batch at a time of DB.now. A batch is not cancelled half way: it has no caller's context.
+func (db *DB) newBatch(now int64) *batch {
 	st := &db.st
 	st.clock = max(st.clock, now)
 	b := &batch{
-		ctx: ctx, db: db, st: st, now: st.clock,
+		ctx: context.Background(), db: db, st: st, now: now, at: st.clock,
 		was: savedState{
 			keys: st.keys.tree(), rev: st.rev, compact: st.compact, nextID: st.nextID,
-			applied: st.applied, logical: st.logical, logLen: st.log.len(),
+			logical: st.logical, logLen: st.log.len(),
 		},
-		alarmsWere: db.alarms.current(),
-		leases:     leaseChanges{table: &db.leases},
+		alarms: db.alarms.current(),
+		leases: leaseChanges{table: &db.leases},
 	}
 	b.reader = reader{index: db.index, keys: st.keys, rev: st.rev, compact: st.compact, row: b.readRow}
 	return b
@@ -110,17 +111,13 @@ func (b *batch) readRow(_ context.Context, id int64) (Frame, error) {
 		return b.rows[i].frame, nil
 	}
 	f, err := b.db.log.frame(id)
-	if err != nil {
-		b.failure = err
-	}
-	return f, err
+	return f, b.db.log.storageError(err)
 }
 
 // next begins a Command.
 func (b *batch) next(author string) {
 	b.author, b.begin, b.sub = author, b.st.rev, 0
 	b.reader.rev, b.reader.compact = b.st.rev, b.st.compact
-	b.st.applied++
 }
 
 // write is the one place where a revision of a key comes into being. live says whether the key exists.
@@ -133,6 +130,9 @@ func (b *batch) write(slot uint32, known bool, kv *keyValue, deleted bool) {
 		u.slot, u.newSlot = ix.slots.alloc(), true
 	}
 	kv.mod = b.begin + 1
+	if u.oldHead != 0 && ix.recs.at(u.oldHead).rev >= kv.mod {
+		panic(fmt.Sprintf("backend: a key is written twice in revision %d; etcdapi refuses such Txns", kv.mod))
+	}
 	u.rec = ix.recs.alloc()
 	r := ix.recs.at(u.rec)
 	r.id, r.rev, r.create, r.version, r.lease = st.nextID, kv.mod, kv.create, kv.version, kv.lease
@@ -173,7 +173,7 @@ func (b *batch) put(key, value []byte, lease int64) {
 		kv.create, kv.version, oldLease = r.create, r.version+1, r.lease
 	}
 	b.write(slot, known, &kv, false)
-	b.leases.move(string(key), oldLease, lease)
+	b.leases.move(key, oldLease, lease)
 }
 
 // deleteKeys deletes every key of k that exists, in key order, and returns how many.
@@ -187,15 +187,18 @@ func (b *batch) deleteKeys(k keyRange) int64 {
 		slot, _, _ := b.st.keys.get(key)
 		lease := b.db.index.recs.at(b.db.index.slots.head(slot)).lease
 		b.write(slot, true, &keyValue{key: key}, true)
-		b.leases.move(string(key), lease, 0)
+		b.leases.move(key, lease, 0)
 	}
 	return int64(len(keys))
 }
 
 // dirty says whether anything has to be written.
 func (b *batch) dirty() bool {
-	return len(b.rows) > 0 || b.leases.any() || b.compacted || b.alarms
+	return len(b.rows) > 0 || b.others()
 }
+
+// others says whether anything but rows has to be written.
+func (b *batch) others() bool { return b.leases.any() || b.compacted || len(b.alarmChanges) > 0 }
 
 // rollback undoes the batch in memory.
 func (b *batch) rollback() {
@@ -215,18 +218,26 @@ func (b *batch) rollback() {
 	}
 	st.keys = b.was.keys.edit()
 	st.rev, st.compact, st.nextID = b.was.rev, b.was.compact, b.was.nextID
-	st.applied, st.logical = b.was.applied, b.was.logical
+	st.logical = b.was.logical
 	st.log.truncate(b.was.logLen)
 	b.leases.rollback()
-	b.db.alarms.set(b.alarmsWere)
 }
 
-// events turns the rows into what watchers see.
+// events turns the rows into what watchers see. The Frames are copied: an event may be held for long, and must not
+// keep the whole slab of its value from leaving.
 func (b *batch) events() []Event {
 	events := make([]Event, len(b.rows))
+	size := 0
+	for i := range b.rows {
+		size += len(b.rows[i].frame)
+	}
+	buf := make([]byte, 0, size)
 	for i := range b.rows {
 		w := &b.rows[i]
-		events[i] = Event{Rev: w.rev, Type: mvccpb.Event_PUT, Key: w.frame.Key(), KV: w.frame}
+		start := len(buf)
+		buf = append(buf, w.frame...)
+		frame := Frame(buf[start:len(buf):len(buf)])
+		events[i] = Event{Rev: w.rev, Type: mvccpb.Event_PUT, Key: frame.Key(), KV: frame}
 		if w.deleted {
 			events[i].Type = mvccpb.Event_DELETE
 		}

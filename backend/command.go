@@ -22,7 +22,7 @@ type Command struct {
 
 // expireLeases is the Command of the lease loop: revoke what is due at the time of the batch. That
 // apply decides, and not the loop, is what makes a keepalive that came first win.
-type expireLeases struct{ max int }
+type expireLeases struct{}
 
 // Options of a database. The zero value is a usable default.
 type Options struct {

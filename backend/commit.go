@@ -84,10 +84,10 @@ func (db *DB) Write(ctx context.Context, cmd Command) (proto.Message, error) {
 		return db.grantDrawn(ctx, cmd, g)
 	}
 	p := &pending{cmd: cmd, size: proto.Size(cmd.Request)}
-	if err := db.submitAndWait(ctx, p); err != nil {
+	if err := db.submit(ctx, p); err != nil {
 		return nil, err
 	}
-	return p.resp, p.err
+	return p.resp, nil
 }
 
 // grantDrawn draws the id of a lease: apply may not. An id that is taken is drawn again.
@@ -110,15 +110,8 @@ func (db *DB) grantDrawn(ctx context.Context, cmd Command, g *pb.LeaseGrantReque
 	}
 }
 
-// submit queues one of our own entries and waits for it.
-func (db *DB) submit(ctx context.Context, p *pending) (*pending, error) {
-	if err := db.submitAndWait(ctx, p); err != nil {
-		return nil, err
-	}
-	return p, p.err
-}
-
-func (db *DB) submitAndWait(ctx context.Context, p *pending) error {
+// submit queues an entry and waits for it.
+func (db *DB) submit(ctx context.Context, p *pending) error {
 	q := &db.queue
 	q.mu.Lock()
 	if q.closed {
@@ -130,7 +123,7 @@ func (db *DB) submitAndWait(ctx context.Context, p *pending) error {
 		q.mu.Unlock()
 		db.commit([]*pending{p})
 		db.handOver()
-		return nil
+		return p.err
 	}
 	p.ready = make(chan bool, 1)
 	if p.step != nil {
@@ -141,7 +134,7 @@ func (db *DB) submitAndWait(ctx context.Context, p *pending) error {
 	q.mu.Unlock()
 	select {
 	case <-p.ready:
-		return nil
+		return p.err
 	case <-ctx.Done():
 	}
 	q.mu.Lock()
@@ -214,10 +207,12 @@ func (q *queue) take() (items []*pending, step *pending) {
 	return items, step
 }
 
-// commit makes one batch of items durable, visible and answered, in this order. REQUIRES: the commit token.
+// commit makes one batch of items durable, visible and answered, in this order. A panic in here must end the process:
+// the token would never be put down. REQUIRES: the commit token.
 func (db *DB) commit(items []*pending) {
 	if items[0].step != nil {
 		items[0].err = items[0].step()
+		db.suspect = db.suspect || items[0].err != nil
 	} else {
 		db.commitBatch(items)
 	}
@@ -230,26 +225,25 @@ func (db *DB) commit(items []*pending) {
 
 func (db *DB) commitBatch(items []*pending) {
 	start := time.Now()
-	if db.broken != nil {
-		// The last batch could not be written. Before the next, make sure that the database is
-		// where we left it.
+	if db.suspect {
+		// Something could not be written. Before the next batch, make sure that the database is where we left it.
 		if err := db.log.resume(db.st.nextID); err != nil {
 			db.fail(items, err)
 			return
 		}
+		db.suspect = false
 	}
-	b := db.newBatch(db.ctx, start.UnixMicro())
+	b := db.newBatch(db.now())
 
 	// Apply: Commands become rows and answers, in memory.
 	for _, p := range items {
 		if p.expire != nil {
-			p.expired = b.applyExpiry(p.expire)
+			p.expired = b.applyExpiry()
 		} else {
 			p.resp, p.err = b.apply(p.cmd)
 		}
 		if b.failure != nil {
-			b.rollback()
-			db.fail(items, b.failure)
+			db.undo(b, items, b.failure)
 			return
 		}
 	}
@@ -258,11 +252,13 @@ func (db *DB) commitBatch(items []*pending) {
 	// Durable: one transaction, one sync.
 	if b.dirty() {
 		if err := db.log.write(b); err != nil {
-			b.rollback()
-			db.fail(items, err)
+			db.undo(b, items, err)
 			return
 		}
 		db.noteStorage(nil)
+		if b.others() {
+			db.st.others++
+		}
 	}
 	synced := time.Now()
 
@@ -278,8 +274,10 @@ func (db *DB) commitBatch(items []*pending) {
 		db.publish()
 	}
 	b.leases.unlock()
-	db.appliedIndex.Store(db.st.applied)
-	db.logical.Store(db.st.logical)
+	if len(b.alarmChanges) > 0 {
+		db.alarms.set(b.alarms)
+	}
+	db.storeCounters()
 	if moved {
 		db.notify(db.st.rev)
 	}
@@ -291,7 +289,7 @@ func (db *DB) commitBatch(items []*pending) {
 	if h.BatchCommitted != nil {
 		h.BatchCommitted(len(items), len(b.rows), applied.Sub(start), synced.Sub(applied), time.Since(start))
 	}
-	for _, c := range b.alarmsHeard {
+	for _, c := range b.alarmChanges {
 		if h.Alarm != nil {
 			h.Alarm(&pb.AlarmMember{MemberID: c.key.member, Alarm: c.key.alarm}, c.raised)
 		}
@@ -305,8 +303,17 @@ func (db *DB) commitBatch(items []*pending) {
 	}
 }
 
+// undo puts everything back that a batch has changed, and fails it. What it leaves to be freed is freed with the View
+// that is replaced here, since no other batch may ever succeed.
+func (db *DB) undo(b *batch, items []*pending, err error) {
+	b.rollback()
+	db.publish()
+	db.fail(items, err)
+}
+
 // fail answers every entry of a batch that could not be written.
 func (db *DB) fail(items []*pending, err error) {
+	db.suspect = true
 	err = db.log.storageError(err)
 	db.noteStorage(err)
 	for _, p := range items {

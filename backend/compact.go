@@ -141,10 +141,21 @@ func (db *DB) compactOnce() error {
 			return db.ctx.Err()
 		}
 	}
+	db.marks.dropBefore(target)
+	if db.compactor.done(target) {
+		if h := db.opts.Hooks.CompactionDone; h != nil {
+			h(target, rows, time.Since(start))
+		}
+	}
 	if err := db.clearNoSpace(); err != nil {
 		return err
 	}
-	for done := false; !done; {
+	return db.vacuum()
+}
+
+// vacuum gives free pages back. It stops when there is a compaction to do, which will call it again.
+func (db *DB) vacuum() error {
+	for done := false; !done && len(db.compactor.kick) == 0; {
 		took, err := db.step(func() error {
 			var err error
 			done, err = db.log.vacuum(vacuumPages)
@@ -157,18 +168,13 @@ func (db *DB) compactOnce() error {
 			return db.ctx.Err()
 		}
 	}
-	db.marks.dropBefore(target)
-	if db.compactor.done(target) {
-		if h := db.opts.Hooks.CompactionDone; h != nil {
-			h(target, rows, time.Since(start))
-		}
-	}
 	return nil
 }
 
 // step runs f under the commit token and says how long it took. An error is reported.
 func (db *DB) step(f func() error) (took time.Duration, err error) {
-	_, err = db.submit(db.ctx, &pending{step: func() error {
+	// It is not left alone half way: what f captures belongs to the caller again when this returns.
+	err = db.submit(context.Background(), &pending{step: func() error {
 		start := time.Now()
 		defer func() { took = time.Since(start) }()
 		return f()
@@ -291,14 +297,7 @@ func (db *DB) clearNoSpace() error {
 	if _, err := db.step(func() error { room = db.hasRoomAgain(); return nil }); err != nil || !room {
 		return err
 	}
-	for k := range db.alarms.current() {
-		if k.alarm != pb.AlarmType_NOSPACE {
-			continue
-		}
-		clear := &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: k.member, Alarm: k.alarm}
-		if _, err := db.Write(db.ctx, Command{Request: clear}); err != nil {
-			return err
-		}
-	}
-	return nil
+	clear := &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: db.opts.MemberID, Alarm: pb.AlarmType_NOSPACE}
+	_, err := db.Write(db.ctx, Command{Request: clear})
+	return err
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // DB is one open database. All its methods may be called by any number of goroutines at once.
@@ -22,10 +23,13 @@ type DB struct {
 
 	queue         queue
 	committerDone chan struct{}
-	// st and broken belong to the holder of the commit token (queue.busy).
-	st     state
-	broken error
-	err    atomic.Pointer[error]
+	// st, suspect and broken belong to the holder of the commit token (queue.busy).
+	st      state
+	suspect bool  // something could not be written since the last batch
+	broken  error // why the last batch could not
+	err     atomic.Pointer[error]
+
+	opened time.Time // with its monotonic clock, see now
 
 	appliedIndex atomic.Uint64
 	logical      atomic.Int64
@@ -71,6 +75,7 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 		log:           log,
 		index:         &index{recs: recs, slots: newSlots(), vals: newValues(recs, o.ValueCacheBytes)},
 		committerDone: make(chan struct{}),
+		opened:        time.Now(),
 	}
 	db.queue.init()
 	db.leases.init()
@@ -79,9 +84,9 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 	if err := db.load(ctx); err != nil {
 		return nil, err
 	}
+	db.leases.graceAfterRestart(db.now())
 	db.ring.first = db.st.rev + 1
-	db.appliedIndex.Store(db.st.applied)
-	db.logical.Store(db.st.logical)
+	db.storeCounters()
 	db.publish()
 
 	if len(db.st.garbage) == 0 {
@@ -120,6 +125,16 @@ func (db *DB) Close() error {
 	return db.closeErr
 }
 
+// now is the time in µs since the epoch as leases count it: the wall clock when the database was opened, and from
+// there the monotonic one. A clock that is set while quire runs neither ends leases nor prolongs them (etcd: Lease.expiry).
+func (db *DB) now() int64 { return db.opened.UnixMicro() + time.Since(db.opened).Microseconds() }
+
+// storeCounters copies what Stats reports of the committer's state. REQUIRES: the commit token.
+func (db *DB) storeCounters() {
+	db.appliedIndex.Store(uint64(db.st.nextID-1) + db.st.others)
+	db.logical.Store(db.st.logical)
+}
+
 // Revision is the newest published revision; 1 in an empty store.
 func (db *DB) Revision() int64 { return db.current.Load().rev }
 
@@ -136,7 +151,8 @@ type Stats struct {
 	CompactRevision     int64
 	Leases              int
 	ValueCacheBytes     int64
-	AppliedIndex        uint64 // Commands applied since the database was made
+	ReadTransactions    int    // open in the database; reads from memory need none
+	AppliedIndex        uint64 // rows and other changes since the database was made; it never falls
 }
 
 // Stats reports on the newest state.
@@ -148,15 +164,16 @@ func (db *DB) Stats() Stats {
 	db.leases.mu.RUnlock()
 	pages, free := db.log.pages.Load(), db.log.freePages.Load()
 	return Stats{
-		DBSize:          pages * db.log.pageBytes,
-		DBSizeInUse:     (pages - free) * db.log.pageBytes,
-		Quota:           db.opts.QuotaBytes,
-		LogicalBytes:    db.logical.Load(),
-		Keys:            int64(v.keys.(*tree).liveLen()),
-		Revision:        v.rev,
-		CompactRevision: v.CompactRevision(),
-		Leases:          leases,
-		ValueCacheBytes: db.index.vals.bytes(),
-		AppliedIndex:    db.appliedIndex.Load(),
+		DBSize:           pages * db.log.pageBytes,
+		DBSizeInUse:      (pages - free) * db.log.pageBytes,
+		Quota:            db.opts.QuotaBytes,
+		LogicalBytes:     db.logical.Load(),
+		Keys:             int64(v.keys.(*tree).liveLen()),
+		Revision:         v.rev,
+		CompactRevision:  v.CompactRevision(),
+		Leases:           leases,
+		ValueCacheBytes:  db.index.vals.bytes(),
+		ReadTransactions: len(db.log.file.slots),
+		AppliedIndex:     db.appliedIndex.Load(),
 	}
 }

@@ -426,7 +426,7 @@ func TestCommittedThoughReportedFailed(t *testing.T) {
 	}
 	mustPut(t, db, "a", "1")
 	execAlone(t, db, "INSERT INTO revisions SELECT id+1, rev+1, 0, create_rev, version+1, lease, 0, committed_at, author, key, value FROM revisions")
-	alone(t, db, func() error { db.broken = errors.New("the disk said no"); return nil })
+	alone(t, db, func() error { db.suspect = true; return nil })
 	if _, err := db.Write(t.Context(), Command{Request: &pb.PutRequest{Key: []byte("a")}}); !errors.Is(err, ErrStorage) {
 		t.Fatalf("got %v, want ErrStorage", err)
 	}
@@ -495,12 +495,174 @@ func TestLeaseDeadlinesSurviveARestart(t *testing.T) {
 	}
 }
 
+// TestLeaseThatRanOutWhileClosed: its client could not renew it, so it gets a grace after the start.
+func TestLeaseThatRanOutWhileClosed(t *testing.T) {
+	path := testPath(t)
+	db, err := OpenSQLite(t.Context(), path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 7, TTL: 1000})
+	mustWrite(t, db, &pb.PutRequest{Key: []byte("k"), Lease: 7})
+	execAlone(t, db, "UPDATE lease SET deadline = deadline - 2000000000")
+	closeAndCheck(t, db, path)
+	db = openTest(t, path, Options{})
+	if s, ok := db.Lease(7, true); !ok || s.TTL < 5 || s.TTL > 10 || len(s.Keys) != 1 {
+		t.Fatalf("after the restart: %+v, %v", s, ok)
+	}
+	if r := mustWrite(t, db, &pb.LeaseKeepAliveRequest{ID: 7}).(*pb.LeaseKeepAliveResponse); r.TTL != 1000 {
+		t.Errorf("renewed for %d s", r.TTL)
+	}
+}
+
+// TestStorageFailureWithALeaseDue: the expiry loop tries again at its own pace, and what failed batches leave behind
+// is freed although no batch succeeds.
+func TestStorageFailureWithALeaseDue(t *testing.T) {
+	var failures atomic.Int64
+	db := openTest(t, testPath(t), Options{MinLeaseTTL: 1, Hooks: Hooks{StorageError: func(error) { failures.Add(1) }}})
+	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 7, TTL: 1})
+	for i := range 20 {
+		mustWrite(t, db, &pb.PutRequest{Key: fmt.Appendf(nil, "k%d", i), Lease: 7})
+	}
+	execAlone(t, db, "CREATE TEMP TRIGGER refuse BEFORE INSERT ON revisions BEGIN SELECT RAISE(ABORT, 'refused'); END")
+	time.Sleep(2 * time.Second) // the lease is due after one
+	if n := failures.Load(); n < 1 || n > 5 {
+		t.Errorf("%d attempts in a second", n)
+	}
+	for range 50 {
+		if _, err := db.Write(t.Context(), Command{Request: &pb.PutRequest{Key: []byte("k")}}); !errors.Is(err, ErrStorage) {
+			t.Fatalf("got %v", err)
+		}
+	}
+	alone(t, db, func() error {
+		if n := len(db.st.retired); n != 0 || len(db.st.views) > 1 {
+			t.Errorf("failed batches have left %d records and %d Views", n, len(db.st.views))
+		}
+		return nil
+	})
+	execAlone(t, db, "DROP TRIGGER temp.refuse")
+	for len(db.Leases()) > 0 {
+		time.Sleep(10 * time.Millisecond) // the loop's next attempt
+	}
+}
+
+// TestCorruptAlarmKeepsLeases: under CORRUPT nothing is revoked and renewals go on, as in etcd.
+func TestCorruptAlarmKeepsLeases(t *testing.T) {
+	db := openTest(t, testPath(t), Options{MinLeaseTTL: 1})
+	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 7, TTL: 1})
+	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 8, TTL: 100})
+	mustWrite(t, db, &pb.PutRequest{Key: []byte("k"), Lease: 7})
+	corrupt := &pb.AlarmRequest{Action: pb.AlarmRequest_ACTIVATE, MemberID: 1, Alarm: pb.AlarmType_CORRUPT}
+	mustWrite(t, db, corrupt)
+	rev := db.Revision()
+	time.Sleep(1500 * time.Millisecond) // past the deadline
+	mustWrite(t, db, &pb.LeaseKeepAliveRequest{ID: 8})
+	if _, err := db.Write(t.Context(), Command{Request: &pb.PutRequest{Key: []byte("k")}}); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a put got %v", err)
+	}
+	if db.Revision() != rev || len(db.Leases()) != 2 {
+		t.Errorf("at revision %d with %d leases", db.Revision(), len(db.Leases()))
+	}
+	mustWrite(t, db, &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: 1, Alarm: pb.AlarmType_CORRUPT})
+	for len(db.Leases()) != 1 {
+		time.Sleep(10 * time.Millisecond) // the loop's next attempt
+	}
+}
+
+// TestEventsDoNotPinValues: the memory of values stays within its budget, whatever events are held.
+func TestEventsDoNotPinValues(t *testing.T) {
+	db := openTest(t, testPath(t), Options{})
+	mustPut(t, db, "k", "v")
+	h, err := db.History(t.Context(), HistoryRequest{From: 2, Key: []byte("k")})
+	if err != nil || len(h.Events) != 1 {
+		t.Fatal(h, err)
+	}
+	v := db.View()
+	defer v.Release()
+	res, err := v.Range(t.Context(), &pb.RangeRequest{Key: []byte("k")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if &h.Events[0].KV[0] == &res.KVs[0][0] || cap(h.Events[0].KV) > 64 {
+		t.Error("an event lies in the slab of its value")
+	}
+}
+
+// TestHeldViewKeepsNoOthers: Views that nobody holds go, although an older one is held.
+func TestHeldViewKeepsNoOthers(t *testing.T) {
+	db := openTest(t, testPath(t), Options{})
+	v := db.View()
+	defer v.Release()
+	for i := range 50 {
+		mustPut(t, db, fmt.Sprint(i), "")
+	}
+	alone(t, db, func() error {
+		if n := len(db.st.views); n > 2 {
+			t.Errorf("%d Views are kept because of one", n)
+		}
+		return nil
+	})
+}
+
+// TestUnreadableRowFailsItsReaderOnly: a Command that cannot read a damaged row fails, and nobody else's.
+func TestUnreadableRowFailsItsReaderOnly(t *testing.T) {
+	path := testPath(t)
+	db, err := OpenSQLite(t.Context(), path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustPut(t, db, "a", "1")
+	mustPut(t, db, "b", "1")
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if db, err = OpenSQLite(t.Context(), path, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	execAlone(t, db, "DELETE FROM revisions WHERE rev = 2")
+	alone(t, db, func() error {
+		b := db.newBatch(db.now())
+		if _, err := b.apply(Command{Request: &pb.PutRequest{Key: []byte("a"), PrevKv: true}}); !errors.Is(err, ErrDamaged) {
+			t.Errorf("got %v, want ErrDamaged", err)
+		}
+		if _, err := b.apply(Command{Request: &pb.PutRequest{Key: []byte("b"), PrevKv: true}}); err != nil || b.failure != nil {
+			t.Errorf("the next command: %v, the batch: %v", err, b.failure)
+		}
+		b.rollback()
+		db.publish()
+		return nil
+	})
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLostTail: a database that ends before its compaction revision is refused, not continued.
+func TestLostTail(t *testing.T) {
+	path := testPath(t)
+	db, err := OpenSQLite(t.Context(), path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		mustPut(t, db, "k", "v")
+	}
+	mustWrite(t, db, &pb.CompactionRequest{Revision: 9})
+	execAlone(t, db, "DELETE FROM revisions WHERE rev > 7")
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenSQLite(t.Context(), path, Options{}); !errors.Is(err, ErrDamaged) {
+		t.Errorf("got %v, want ErrDamaged", err)
+	}
+}
+
 // TestKeepAliveOfADueLease: a lease whose time is over is not renewed, even before it is revoked.
 func TestKeepAliveOfADueLease(t *testing.T) {
 	db := openTest(t, testPath(t), Options{})
 	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 7, TTL: 100})
 	alone(t, db, func() error {
-		b := db.newBatch(t.Context(), time.Now().Add(200*time.Second).UnixMicro())
+		b := db.newBatch(db.now() + (200 * time.Second).Microseconds())
 		if _, err := b.apply(Command{Request: &pb.LeaseKeepAliveRequest{ID: 7}}); !errors.Is(err, ErrLeaseNotFound) {
 			t.Errorf("got %v, want ErrLeaseNotFound", err)
 		}
@@ -535,8 +697,8 @@ func TestApplyIsDeterministic(t *testing.T) {
 		var answers [2]string
 		for i, db := range dbs {
 			alone(t, db, func() (failure error) {
-				b := db.newBatch(t.Context(), now)
-				expired := b.applyExpiry(&expireLeases{max: 100})
+				b := db.newBatch(now)
+				expired := b.applyExpiry()
 				resp, err := b.apply(Command{Request: req, Author: "a"})
 				answers[i] = fmt.Sprint(expired, resp, err)
 				rows[i] = b.rows

@@ -2,6 +2,8 @@ package backend
 
 import (
 	"fmt"
+	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,11 +20,12 @@ import (
 
 // statements watches one connection: it keeps what runs on it, and can make one statement fail.
 type statements struct {
-	c      *conn
-	ran    []string // each statement's first words, in order
-	failAt int      // the statement, counted from 1, that is interrupted; 0: none
-	failed string   // the one that was
-	f      func(tls *libc.TLS, mask uint32, ctx, p, x uintptr) int32
+	c       *conn
+	ran     []string // each statement's first words, in order
+	pragmas bool     // count PRAGMAs too: background work of a database just opened runs some
+	failAt  int      // the statement, counted from 1, that is interrupted; 0: none
+	failed  string   // the one that was
+	f       func(tls *libc.TLS, mask uint32, ctx, p, x uintptr) int32
 }
 
 // watch starts watching c until the test ends or unwatch. REQUIRES: the caller owns c whenever it looks at the result.
@@ -31,6 +34,9 @@ func watch(t *testing.T, c *conn) *statements {
 	s := &statements{c: c}
 	s.f = func(tls *libc.TLS, _ uint32, _, _, text uintptr) int32 {
 		sql := firstWords(libc.GoString(text))
+		if strings.HasPrefix(sql, "PRAGMA") && !s.pragmas {
+			return 0
+		}
 		s.ran = append(s.ran, sql)
 		if len(s.ran) == s.failAt {
 			s.failed = sql
@@ -47,6 +53,10 @@ func watch(t *testing.T, c *conn) *statements {
 
 func (s *statements) unwatch() {
 	sqlite3.Xsqlite3_trace_v2(s.c.tls, s.c.db, 0, 0, 0)
+	// An interrupt holds until a statement begins while none runs, for a checkpoint too, which is none.
+	if _, err := s.c.queryInt64("PRAGMA page_count"); err != nil {
+		panic(err)
+	}
 }
 
 // firstWords names a statement: its verb, and the table or pragma it is about.
@@ -70,9 +80,11 @@ func cFunction[F any](f F) uintptr {
 	return (*[2]uintptr)(unsafe.Pointer(&p))[1]
 }
 
-// writeFault makes one write of this process to a database or its WAL fail, in place of the operating system.
+// writeFault makes writes of this process to a database or its WAL fail, in place of the operating system.
 type writeFault struct {
-	at    int64 // the write, counted from 1, that fails
+	file  string // how the name of the file ends: "-wal", ".db" or "" for both
+	at    int64  // the write, counted from 1, that fails
+	all   bool   // and all that follow
 	errno syscall.Errno
 	n     atomic.Int64
 }
@@ -80,19 +92,30 @@ type writeFault struct {
 // hit says whether the fault was met.
 func (f *writeFault) hit() bool { return f.n.Load() >= f.at }
 
+func (f *writeFault) fails(fd int32) bool {
+	name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil || !strings.HasSuffix(name, f.file) {
+		return false
+	}
+	n := f.n.Add(1)
+	return n == f.at || f.all && n > f.at
+}
+
 var (
 	installFaults sync.Once
 	currentFault  atomic.Pointer[writeFault]
 	faultyWrite   func(tls *libc.TLS, fd int32, buf uintptr, n sqlite3.Tsize_t, at sqlite3.Toff_t) sqlite3.Tssize_t
 )
 
-// failWrite makes the at-th write from now on fail with errno: that one only. heal takes it back.
-func failWrite(t *testing.T, at int64, errno syscall.Errno) *writeFault {
+// failWrites lets f happen from now on, until heal.
+func failWrites(t testing.TB, f *writeFault) *writeFault {
 	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("which file SQLite writes to is asked from Linux's /proc")
+	}
 	installFaults.Do(func() { replaceWrite(t) })
-	f := &writeFault{at: at, errno: errno}
-	currentFault.Store(f)
 	t.Cleanup(heal)
+	currentFault.Store(f)
 	return f
 }
 
@@ -100,7 +123,7 @@ func heal() { currentFault.Store(nil) }
 
 // replaceWrite puts faultyWrite in front of the system call that SQLite's unix VFS writes with. SQLite has the
 // hook for just this (sqlite3_vfs.xSetSystemCall).
-func replaceWrite(t *testing.T) {
+func replaceWrite(t testing.TB) {
 	t.Helper()
 	tls := libc.NewTLS()
 	defer tls.Close()
@@ -114,11 +137,11 @@ func replaceWrite(t *testing.T) {
 	get := *(*func(*libc.TLS, uintptr, uintptr) uintptr)(unsafe.Pointer(&struct{ uintptr }{vfs.FxGetSystemCall}))
 	real := get(tls, at, name)
 	if real == 0 {
-		t.Skip("SQLite writes by another call than pwrite here: its writes cannot be made to fail")
+		t.Fatal("SQLite does not write by pwrite any more: its writes cannot be made to fail like this")
 	}
 	write := *(*func(*libc.TLS, int32, uintptr, sqlite3.Tsize_t, sqlite3.Toff_t) sqlite3.Tssize_t)(unsafe.Pointer(&struct{ uintptr }{real}))
 	faultyWrite = func(tls *libc.TLS, fd int32, buf uintptr, n sqlite3.Tsize_t, at sqlite3.Toff_t) sqlite3.Tssize_t {
-		if f := currentFault.Load(); f != nil && f.n.Add(1) == f.at {
+		if f := currentFault.Load(); f != nil && f.fails(fd) {
 			*(*int32)(cPointer(libc.X__errno_location(tls))) = int32(f.errno)
 			return -1
 		}

@@ -41,7 +41,9 @@ type HistoryResult struct {
 }
 
 // History returns events in order, without gap or duplicate: the newest from memory, older ones from the
-// rows. From below the compaction revision is a *CompactedError; From at it is allowed, as in etcd.
+// rows. From below the compaction revision is a *CompactedError, unless all from there on is still in memory: so
+// a watcher that keeps up is not overtaken by a compaction that comes right behind a write. From at the
+// compaction revision is allowed, as in etcd.
 func (db *DB) History(ctx context.Context, req HistoryRequest) (HistoryResult, error) {
 	if req.MaxEvents <= 0 {
 		req.MaxEvents = defaultHistoryEvents
@@ -51,12 +53,12 @@ func (db *DB) History(ctx context.Context, req HistoryRequest) (HistoryResult, e
 	}
 	v := db.View()
 	defer v.Release()
-	if req.From < v.compact {
-		return HistoryResult{}, &CompactedError{CompactRevision: v.compact}
-	}
 	h := &historyPage{req: req, k: newKeyRange(req.Key, req.RangeEnd), head: v.rev, next: req.From}
 	if req.From > v.rev || db.ring.read(h) {
 		return h.result(), nil
+	}
+	if req.From < v.compact {
+		return HistoryResult{}, &CompactedError{CompactRevision: v.compact}
 	}
 	// The View keeps the rows from being compacted away under us.
 	if err := db.readHistory(ctx, h); err != nil {

@@ -1,7 +1,9 @@
 package backend
 
 import (
+	"cmp"
 	"container/heap"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -146,10 +148,11 @@ func (c *leaseChanges) revoke(l *lease) {
 }
 
 // move detaches key from one lease and attaches it to another; 0 is no lease.
-func (c *leaseChanges) move(key string, from, to int64) {
+func (c *leaseChanges) move(keyBytes []byte, from, to int64) {
 	if from == to {
 		return
 	}
+	key := string(keyBytes)
 	c.lock()
 	if l := c.table.byID[from]; l != nil {
 		delete(l.keys, key)
@@ -195,7 +198,7 @@ func (db *DB) Lease(id int64, withKeys bool) (status LeaseStatus, ok bool) {
 		return LeaseStatus{}, false
 	}
 	status = LeaseStatus{ID: id, GrantedTTL: l.ttl}
-	if left := l.deadline - time.Now().UnixMicro(); left > 0 {
+	if left := l.deadline - db.now(); left > 0 {
 		status.TTL = left / 1e6
 	}
 	if withKeys {
@@ -208,30 +211,42 @@ func (db *DB) Lease(id int64, withKeys bool) (status LeaseStatus, ok bool) {
 
 // Leases lists the ids of all leases, the one that expires first at the front.
 func (db *DB) Leases() []int64 {
+	type due struct{ deadline, id int64 }
 	t := &db.leases
 	t.mu.RLock()
-	all := append(leaseHeap(nil), t.due...)
-	deadlines := make(map[int64]int64, len(all))
-	for _, l := range all {
-		deadlines[l.id] = l.deadline
+	all := make([]due, len(t.due))
+	for i, l := range t.due {
+		all[i] = due{l.deadline, l.id}
 	}
 	t.mu.RUnlock()
-	ids := make([]int64, 0, len(all))
-	for id := range deadlines {
-		ids = append(ids, id)
-	}
-	sort.Slice(ids, func(i, j int) bool {
-		if a, b := deadlines[ids[i]], deadlines[ids[j]]; a != b {
-			return a < b
-		}
-		return ids[i] < ids[j]
+	slices.SortFunc(all, func(a, b due) int {
+		return cmp.Or(cmp.Compare(a.deadline, b.deadline), cmp.Compare(a.id, b.id))
 	})
+	ids := make([]int64, len(all))
+	for i, l := range all {
+		ids[i] = l.id
+	}
 	return ids
 }
 
-// expiredPerCommand bounds how many leases one Command revokes, so that a write waits for no more than
-// that when thousands are due at once.
-const expiredPerCommand = 500
+// Bounds of what one Command revokes, so that a write waits for no more than that when thousands of leases, or
+// leases with thousands of keys, are due at once. A lease that was begun is finished.
+const (
+	expiredPerCommand     = 500
+	expiredRowsPerCommand = 2000
+)
+
+// restartGrace is how long a lease that ran out while quire was down is kept after the start, so that its client,
+// which could not renew it, can. etcd gives such a lease its whole TTL again.
+const restartGrace = 10 * time.Second
+
+// graceAfterRestart prolongs the leases that are overdue when a database is opened, in memory only.
+func (t *leaseTable) graceAfterRestart(now int64) {
+	for len(t.due) > 0 && t.due[0].deadline <= now {
+		l := t.due[0]
+		t.setDeadline(l, now+min(l.ttl*1e6, restartGrace.Microseconds()))
+	}
+}
 
 // expiryRetry is how long the expiry loop waits after its Command could not be written.
 const expiryRetry = 500 * time.Millisecond
@@ -245,12 +260,19 @@ func (db *DB) expireLoop() {
 	for {
 		wait := time.Hour
 		if deadline, ok := db.leases.next(); ok {
-			wait = time.Duration(deadline-time.Now().UnixMicro()) * time.Microsecond
+			wait = time.Duration(deadline-db.now()) * time.Microsecond
 			if wait <= 0 {
-				if _, err := db.submit(db.ctx, &pending{expire: &expireLeases{max: expiredPerCommand}}); err == nil {
+				p := &pending{expire: &expireLeases{}}
+				err := db.submit(db.ctx, p)
+				if err == nil && len(p.expired) > 0 {
 					continue
 				}
-				wait = expiryRetry
+				// It could not be written, or the CORRUPT alarm stands. Every change of a lease would wake
+				// us, a rolled back one too: so do not listen.
+				if !db.pause(expiryRetry) {
+					return
+				}
+				continue
 			}
 		}
 		timer.Reset(min(wait, time.Hour))

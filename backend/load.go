@@ -50,7 +50,10 @@ func (db *DB) load(ctx context.Context) error {
 	if err := db.loadRows(ctx, total); err != nil {
 		return err
 	}
-	st.applied = max(st.applied, uint64(st.nextID-1))
+	if st.compact > st.rev {
+		return fmt.Errorf("%w: it is compacted at revision %d, but its newest revision is %d: the end is missing, restore a backup", ErrDamaged, st.compact, st.rev)
+	}
+	st.logical += leaseCharge * int64(len(db.leases.byID))
 	return nil
 }
 
@@ -60,8 +63,8 @@ func (db *DB) loadMeta() error {
 		switch s.columnText(0) {
 		case metaCompactRevision:
 			st.compact = s.columnInt64(1)
-		case metaAppliedIndex:
-			st.applied = uint64(s.columnInt64(1))
+		case metaOtherChanges:
+			st.others = uint64(s.columnInt64(1))
 		}
 		return nil
 	})

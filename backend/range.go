@@ -170,10 +170,16 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest) (*RangeRe
 	order := orderOf(req)
 	filtered := req.MinModRevision != 0 || req.MaxModRevision != 0 || req.MinCreateRevision != 0 || req.MaxCreateRevision != 0
 
-	// In key order without filters a limit bounds the work; else everything has to be looked at.
+	// In key order without filters a limit bounds the work; else everything has to be looked at. A target
+	// without an order is a quirk of etcd's: it takes one key more than the limit in key order and sorts those.
 	limit := math.MaxInt
-	if req.Limit > 0 && req.Limit < math.MaxInt && !filtered && order.byKey() {
-		limit = int(req.Limit)
+	if req.Limit > 0 && req.Limit < math.MaxInt && !filtered {
+		switch {
+		case order.byKey():
+			limit = int(req.Limit)
+		case req.SortOrder == pb.RangeRequest_NONE:
+			limit = int(req.Limit) + 1
+		}
 	}
 	// Only the newest revision has its count ready; for an older one the keys behind the limit are
 	// walked too.

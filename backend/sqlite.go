@@ -38,9 +38,6 @@ func newSQLiteLog(file *sqliteFile) (*sqliteLog, error) {
 			return nil, err
 		}
 	}
-	if err := l.w.exec(fmt.Sprintf("PRAGMA wal_autocheckpoint = %d", sqliteCheckpointPages)); err != nil {
-		return nil, err
-	}
 	var err error
 	if l.pageBytes, err = l.w.queryInt64("PRAGMA page_size"); err != nil {
 		return nil, err
@@ -80,8 +77,8 @@ func (l *sqliteLog) write(b *batch) error {
 				return err
 			}
 		}
-		if b.alarms {
-			if err := l.writeAlarms(b.db.alarms.current()); err != nil {
+		if len(b.alarmChanges) > 0 {
+			if err := l.writeAlarms(b.alarms); err != nil {
 				return err
 			}
 		}
@@ -90,11 +87,14 @@ func (l *sqliteLog) write(b *batch) error {
 				return err
 			}
 		}
-		if len(b.rows) == 0 {
-			// Rows are counted by their ids; what leaves no row is counted here.
-			return l.putMeta(metaAppliedIndex, int64(b.st.applied))
+		if b.others() {
+			// The applied index counts rows by their ids; what leaves no row is counted here.
+			if err := l.putMeta(metaOtherChanges, int64(b.st.others+1)); err != nil {
+				return err
+			}
 		}
-		return nil
+		// Here, in the transaction, it costs no locks.
+		return l.measure()
 	})
 }
 
@@ -104,7 +104,7 @@ func (l *sqliteLog) insert(b *batch, w *row) error {
 	if w.deleted {
 		deleted = 1
 	}
-	for i, v := range [...]int64{w.id, w.rev, w.sub, w.create, w.version, w.lease, deleted, b.now} {
+	for i, v := range [...]int64{w.id, w.rev, w.sub, w.create, w.version, w.lease, deleted, b.at} {
 		if err := s.bindInt64(i+1, v); err != nil {
 			return err
 		}
@@ -112,21 +112,13 @@ func (l *sqliteLog) insert(b *batch, w *row) error {
 	if err := s.bindText(9, w.author); err != nil {
 		return err
 	}
-	if err := s.bindBlob(10, notNull(w.key)); err != nil {
+	if err := s.bindBlob(10, w.key); err != nil {
 		return err
 	}
-	if err := s.bindBlob(11, notNull(w.value)); err != nil {
+	if err := s.bindBlob(11, w.value); err != nil {
 		return err
 	}
 	return s.run()
-}
-
-// notNull: a nil slice would be bound as NULL.
-func notNull(b []byte) []byte {
-	if b == nil {
-		return []byte{}
-	}
-	return b
 }
 
 func (l *sqliteLog) writeLeases(c *leaseChanges) error {

@@ -236,9 +236,6 @@ func (c *conn) queryOne(sql string, read func(s *stmt)) error {
 	return s.reset()
 }
 
-// changes is the number of rows that the last INSERT, UPDATE or DELETE touched.
-func (c *conn) changes() int64 { return sqlite3.Xsqlite3_changes64(c.tls, c.db) }
-
 // inTransaction says whether a BEGIN is in force. SQLite rolls back by itself after some errors (full disk, I/O error,
 // out of memory): ask before a ROLLBACK, which would fail then.
 func (c *conn) inTransaction() bool { return sqlite3.Xsqlite3_get_autocommit(c.tls, c.db) == 0 }
@@ -315,14 +312,6 @@ type cBuffer struct {
 // bindInt64 sets parameter i, counted from 1. REQUIRES, here and for the other binds: reset after the last step.
 func (s *stmt) bindInt64(i int, v int64) error {
 	if rc := sqlite3.Xsqlite3_bind_int64(s.c.tls, s.p, int32(i), v); rc != sqlite3.SQLITE_OK {
-		return s.c.failure("bind", rc)
-	}
-	return nil
-}
-
-// bindNull sets parameter i to NULL.
-func (s *stmt) bindNull(i int) error {
-	if rc := sqlite3.Xsqlite3_bind_null(s.c.tls, s.p, int32(i)); rc != sqlite3.SQLITE_OK {
 		return s.c.failure("bind", rc)
 	}
 	return nil

@@ -86,9 +86,6 @@ func TestValuesComeBackAsTheyWereBound(t *testing.T) {
 		}
 		runtime.GC()
 		mustDo(t, insert.run())
-		if c.changes() != 1 {
-			t.Errorf("changes() = %d after one row", c.changes())
-		}
 	}
 	read := mustPrepare(t, c, "SELECT n, b, x, typeof(b), NULL FROM t ORDER BY id")
 	for i, r := range rows {

@@ -21,7 +21,6 @@ const (
 	// sqliteHistoryRows reads values too, row by row as the caller steps.
 	sqliteHistoryRows = `SELECT rev, create_rev, version, lease, deleted, key, value
 		FROM revisions WHERE id >= ? ORDER BY id`
-	sqliteRevOfRow  = `SELECT id, rev FROM revisions WHERE id >= ? ORDER BY id LIMIT 1`
 	sqliteCheckRows = `SELECT id, rev, sub, create_rev, version, lease, deleted, committed_at, length(value), key
 		FROM revisions ORDER BY id`
 
@@ -42,10 +41,5 @@ const (
 // Names in the meta table.
 const (
 	metaCompactRevision = "compact_revision"
-	metaAppliedIndex    = "applied_index"
+	metaOtherChanges    = "other_changes"
 )
-
-// sqliteCheckpointPages is how many pages the WAL may hold before the writing connection copies them into
-// the database after a commit: 4 MiB. Measured (docs/design.md): inline at 500 pages the commit's p50 is
-// 153 µs and the WAL stays small; on a second connection it is 310 µs and the WAL grows without end.
-const sqliteCheckpointPages = 500

@@ -13,23 +13,20 @@ import (
 // a reader holds stays valid however long it holds it.
 type values struct {
 	recs  *records
-	table atomic.Pointer[slabTable]
+	table atomic.Pointer[[]atomic.Pointer[slab]] // by place; replaced when it grows
 
 	mu     sync.Mutex
 	budget int64
 	used   int64
 	cur    *slab
-	nextID uint64
+	born   uint64 // slabs made so far
 }
 
-// slabTable finds a slab by its id without a lock: slabs[id-base], nil where it is gone.
-type slabTable struct {
-	base  uint64
-	slabs []*slab
-}
-
+// slab has a place in the table, which it leaves to another when it goes. Its id is the place and how many slabs
+// had it before, so that a handle of an older one is told apart.
 type slab struct {
 	id      uint64
+	born    uint64 // counts up: which one is older
 	buf     []byte // its full length is backing memory; [0,n) is written
 	n       int
 	live    atomic.Int64 // bytes of Frames that are the newest of their key
@@ -41,16 +38,19 @@ type slabEntry struct {
 	at  uint32
 }
 
+// A handle is, from the top: the stale mark, the slab's id, the offset in it.
 const (
 	slabBytes      = 1 << 20
 	slabOffsetBits = 20
+	slabPlaceBits  = 20
+	slabIDMask     = 1<<(63-slabOffsetBits) - 1
 	// stale marks a handle whose record has been superseded: it no longer counts as live.
 	stale = 1 << 63
 )
 
 func newValues(recs *records, budget int64) *values {
-	v := &values{recs: recs, budget: budget, nextID: 1}
-	v.table.Store(&slabTable{base: 1})
+	v := &values{recs: recs, budget: budget}
+	v.table.Store(new([]atomic.Pointer[slab]))
 	return v
 }
 
@@ -60,12 +60,25 @@ func (v *values) get(r *record) Frame {
 	if h == 0 {
 		return nil
 	}
-	t := v.table.Load()
-	i := h>>slabOffsetBits - t.base
-	if i >= uint64(len(t.slabs)) || t.slabs[i] == nil {
+	s := v.slabOf(h)
+	if s == nil {
 		return nil
 	}
-	return frameAt(t.slabs[i].buf[h&(1<<slabOffsetBits-1):])
+	return frameAt(s.buf[h&(1<<slabOffsetBits-1):])
+}
+
+// slabOf finds the slab of a handle without a lock; nil when it is gone.
+func (v *values) slabOf(h uint64) *slab {
+	id := h &^ stale >> slabOffsetBits
+	table := *v.table.Load()
+	place := id & (1<<slabPlaceBits - 1)
+	if place >= uint64(len(table)) {
+		return nil
+	}
+	if s := table[place].Load(); s != nil && s.id == id {
+		return s
+	}
+	return nil
 }
 
 // add makes the Frame of kv resident for record rec and returns it.
@@ -126,15 +139,6 @@ func (v *values) count(h uint64, sign int64) {
 	}
 }
 
-func (v *values) slabOf(h uint64) *slab {
-	t := v.table.Load()
-	i := (h&^stale)>>slabOffsetBits - t.base
-	if i >= uint64(len(t.slabs)) {
-		return nil
-	}
-	return t.slabs[i]
-}
-
 // room finds n bytes for record rec: an empty slice with that capacity, and its handle.
 // REQUIRES: v.mu is held.
 func (v *values) room(rec uint32, n int) (buf []byte, handle uint64) {
@@ -160,26 +164,14 @@ func (v *values) newSlab(size int) *slab {
 			break
 		}
 		v.remove(victim)
-		if 2*victim.live.Load() < int64(victim.n) && from == nil && size == slabBytes {
+		if 2*victim.live.Load() < int64(victim.n) && from == nil && size == slabBytes && len(victim.buf) == slabBytes {
 			// Mostly superseded values: what still counts moves on to the new slab.
 			from, rescued = victim, victim.entries
 			continue
 		}
 		v.forget(victim, victim.entries)
 	}
-	s := &slab{id: v.nextID, buf: make([]byte, size)}
-	v.nextID++
-	v.used += int64(size)
-	t := v.table.Load()
-	base, old := t.base, t.slabs
-	for len(old) > 0 && old[0] == nil {
-		base, old = base+1, old[1:]
-	}
-	if len(old) == 0 {
-		base = s.id
-	}
-	grown := append(append(make([]*slab, 0, len(old)+1), old...), s)
-	v.table.Store(&slabTable{base: base, slabs: grown})
+	s := v.place(size)
 	if size == slabBytes {
 		v.cur = s
 	}
@@ -223,25 +215,50 @@ func (v *values) forget(s *slab, entries []slabEntry) {
 	}
 }
 
-// victim is the slab with the fewest live bytes; where all are much alike, the oldest.
+// victim is the slab with the fewest live bytes; where they are much alike, the oldest.
 func (v *values) victim() *slab {
 	var best *slab
-	for _, s := range v.table.Load().slabs {
+	for i := range *v.table.Load() {
+		s := (*v.table.Load())[i].Load()
 		if s == nil || s == v.cur {
 			continue
 		}
-		if best == nil || s.live.Load()+slabBytes/16 < best.live.Load() {
+		if best == nil {
+			best = s
+			continue
+		}
+		more := s.live.Load() - best.live.Load()
+		if more < -slabBytes/16 || more <= slabBytes/16 && s.born < best.born {
 			best = s
 		}
 	}
 	return best
 }
 
+// place makes a slab and gives it the first free place in the table.
+func (v *values) place(size int) *slab {
+	table := *v.table.Load()
+	at := 0
+	for at < len(table) && table[at].Load() != nil {
+		at++
+	}
+	if at == len(table) {
+		grown := make([]atomic.Pointer[slab], len(table)+len(table)/2+8)
+		for i := range table {
+			grown[i].Store(table[i].Load())
+		}
+		v.table.Store(&grown)
+		table = grown
+	}
+	v.born++
+	s := &slab{id: (v.born<<slabPlaceBits | uint64(at)) & slabIDMask, born: v.born, buf: make([]byte, size)}
+	v.used += int64(size)
+	table[at].Store(s)
+	return s
+}
+
 func (v *values) remove(s *slab) {
-	t := v.table.Load()
-	next := append([]*slab(nil), t.slabs...)
-	next[s.id-t.base] = nil
-	v.table.Store(&slabTable{base: t.base, slabs: next})
+	(*v.table.Load())[s.id&(1<<slabPlaceBits-1)].Store(nil)
 	v.used -= int64(len(s.buf))
 }
 

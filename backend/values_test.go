@@ -15,14 +15,10 @@ import (
 func (v *values) check() error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	t := v.table.Load()
 	var used int64
-	for i, s := range t.slabs {
-		if s == nil {
-			continue
-		}
-		if s.id != t.base+uint64(i) {
-			return fmt.Errorf("slab %d lies in the place of slab %d", s.id, t.base+uint64(i))
+	for _, s := range v.slabs() {
+		if v.slabOf(s.id<<slabOffsetBits) != s {
+			return fmt.Errorf("slab %d is not where its id says", s.id)
 		}
 		if s.n > len(s.buf) {
 			return fmt.Errorf("slab %d: %d bytes are written in %d", s.id, s.n, len(s.buf))
@@ -42,6 +38,17 @@ func (v *values) check() error {
 		return fmt.Errorf("the slabs take %d bytes, %d count against the budget", used, v.used)
 	}
 	return nil
+}
+
+// slabs lists what is in the table.
+func (v *values) slabs() (all []*slab) {
+	table := *v.table.Load()
+	for i := range table {
+		if s := table[i].Load(); s != nil {
+			all = append(all, s)
+		}
+	}
+	return all
 }
 
 func mustBeSound(t *testing.T, v *values) {
@@ -172,7 +179,7 @@ func TestStaleMarks(t *testing.T) {
 	v := newValues(recs, 4*slabBytes)
 	kv := testValue(1, 100)
 	frame := Frame(kv.appendFrame(nil))
-	live := func() int64 { return v.table.Load().slabs[0].live.Load() }
+	live := func() int64 { return v.slabs()[0].live.Load() }
 
 	rec := recs.alloc()
 	r := recs.at(rec)
@@ -355,10 +362,7 @@ func TestValuesConcurrently(t *testing.T) {
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	for _, s := range v.table.Load().slabs {
-		if s == nil {
-			continue
-		}
+	for _, s := range v.slabs() {
 		if live := s.live.Load(); live != 0 {
 			t.Errorf("slab %d counts %d live bytes after everything in it was superseded", s.id, live)
 		}

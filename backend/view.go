@@ -71,11 +71,20 @@ func (db *DB) publish() {
 	old := db.current.Load()
 	next := &View{reader: db.readerAt(db.st.keys.tree())}
 	db.current.Store(next)
-	if old != nil {
-		old.retired, db.st.retired = db.st.retired, nil
-		old.retiredSlots, db.st.retiredSlots = db.st.retiredSlots, nil
-		db.st.views = append(db.st.views, old)
+	if old == nil {
+		return
 	}
+	// Nobody can take the old View any more. If nobody holds it either, only those before it are in the way of
+	// what was retired.
+	st := &db.st
+	if last := len(st.views) - 1; last >= 0 && old.refs.Load() == 0 {
+		st.views[last].retired = append(st.views[last].retired, st.retired...)
+		st.views[last].retiredSlots = append(st.views[last].retiredSlots, st.retiredSlots...)
+	} else {
+		old.retired, old.retiredSlots = st.retired, st.retiredSlots
+		st.views = append(st.views, old)
+	}
+	st.retired, st.retiredSlots = nil, nil
 	db.reclaim()
 }
 

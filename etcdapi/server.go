@@ -217,6 +217,7 @@ func (s *Server) RegisterGRPC(g *grpc.Server) {
 	pb.RegisterLeaseServer(g, &leaseServer{s: s})
 	pb.RegisterClusterServer(g, &clusterServer{s: s})
 	pb.RegisterMaintenanceServer(g, &maintenanceServer{s: s})
+	pb.RegisterAuthServer(g, &authServer{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	reflection.Register(g)
 	s.metrics.grpc.InitializeMetrics(g)

@@ -43,6 +43,8 @@ func newStateCollector(m *Metrics) *stateCollector {
 		func(_ *Server, st *backend.Stats) float64 { return float64(st.DBSize) })
 	gauge("etcd_mvcc_db_total_size_in_use_in_bytes", "Total size of the underlying database logically in use in bytes.",
 		func(_ *Server, st *backend.Stats) float64 { return float64(st.DBSizeInUse) })
+	gauge("etcd_mvcc_db_open_read_transactions", "The number of currently open read transactions.",
+		func(_ *Server, st *backend.Stats) float64 { return float64(st.ReadTransactions) })
 	gauge("etcd_debugging_mvcc_keys_total", "Total number of keys.",
 		func(_ *Server, st *backend.Stats) float64 { return float64(st.Keys) })
 	gauge("etcd_debugging_mvcc_current_revision", "The current revision of store.",

@@ -43,7 +43,7 @@ CREATE TABLE alarm (
 ) WITHOUT ROWID;
 
 CREATE TABLE meta (
-    -- Single facts: compact_revision, applied_index, cluster_id, member_id, next_id.
+    -- Single facts: compact_revision (-1 or missing: never compacted), other_changes (changes that left no row).
     name  TEXT PRIMARY KEY NOT NULL,
     value NOT NULL
 ) WITHOUT ROWID;

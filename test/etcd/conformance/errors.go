@@ -76,12 +76,4 @@ var errorCases = []testCase{
 		err = x.Conn.Invoke(x.ctx, "/no.such.Service/Method", &pb.PutRequest{}, &pb.PutResponse{})
 		equal(x, "the code", status.Code(err), codes.Unimplemented)
 	}},
-
-	{name: "auth is off and says so", run: func(x *exam) {
-		r, err := pb.NewAuthClient(x.Conn).AuthStatus(x.ctx, &pb.AuthStatusRequest{})
-		x.must(err, &pb.AuthStatusRequest{})
-		equal(x, "enabled", r.Enabled, false)
-		_, err = pb.NewAuthClient(x.Conn).Authenticate(x.ctx, &pb.AuthenticateRequest{Name: "root", Password: "x"})
-		x.wantError(err, rpctypes.ErrGRPCAuthNotEnabled)
-	}},
 }

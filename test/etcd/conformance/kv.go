@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -213,6 +214,24 @@ var kvCases = []testCase{
 		wantKeys(x, got.Kvs, "b", "c")
 		x.put("a", "2")
 		same(x, "a, made again", x.get("a"), kv("a", "2", 6, 6, 1))
+	}},
+
+	{name: "periodic compaction keeps the history of its period and no more", options: start.Options{AutoCompactionMode: "periodic", AutoCompactionRetention: "2s"}, run: func(x *exam) {
+		x.put("a", "1")
+		x.put("a", "2")
+		began := time.Now()
+		for {
+			_, err := x.KV.Range(x.ctx, &pb.RangeRequest{Key: []byte("a"), Revision: 2})
+			if err != nil {
+				x.wantError(err, rpctypes.ErrGRPCCompacted)
+				break
+			}
+			time.Sleep(50 * time.Millisecond) // the compaction sends this reader no signal
+		}
+		if d := time.Since(began); d < 1500*time.Millisecond {
+			x.Errorf("history of 2s was compacted after %v", d)
+		}
+		same(x, "a", x.get("a"), kv("a", "2", 2, 3, 2))
 	}},
 
 	// "Strict serializability": what is acknowledged is seen by whoever asks afterwards.

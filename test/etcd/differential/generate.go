@@ -6,6 +6,8 @@ import (
 	"slices"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/quire-db/quire/test/etcd/model"
 )
 
 // keys is small, so that operations meet. It holds what sorts or ends awkwardly: NUL at the end, 0xff
@@ -238,9 +240,7 @@ func (g *generator) deleteRange() *pb.DeleteRangeRequest {
 }
 
 func (g *generator) compact() *pb.CompactionRequest {
-	// Physical: the rows must be gone on both sides before the next step, or a watch from the very
-	// compaction revision may see more on one of them.
-	r := &pb.CompactionRequest{Revision: g.revision(), Physical: true}
+	r := &pb.CompactionRequest{Revision: g.revision(), Physical: g.chance(50)}
 	if g.chance(60) && g.head > g.compacted {
 		r.Revision = g.compacted + 1 + g.r.Int64N(g.head-g.compacted)
 	}
@@ -260,10 +260,8 @@ func (g *generator) txn(depth int) *pb.TxnRequest {
 	for range g.r.IntN(4) {
 		t.Failure = append(t.Failure, g.requestOp(depth, taken))
 	}
-	if depth == 0 && deletes(t) {
-		// etcd 3.7.3 panics when a Txn deletes the key that a put with ignore_value or ignore_lease needs;
-		// it lets such a Txn pass when the delete has the range end "\x00" or is in another nested Txn.
-		neverIgnore(t)
+	if depth == 0 {
+		spareEtcd(t)
 	}
 	if depth == 0 && g.chance(0.5) {
 		for i := range 120 + g.r.IntN(12) {
@@ -275,23 +273,45 @@ func (g *generator) txn(depth int) *pb.TxnRequest {
 	return t
 }
 
-// deletes tells whether there is a DeleteRange anywhere in t.
-func deletes(t *pb.TxnRequest) bool {
-	for _, o := range slices.Concat(t.Success, t.Failure) {
-		if o.GetRequestDeleteRange() != nil || o.GetRequestTxn() != nil && deletes(o.GetRequestTxn()) {
-			return true
+// spareEtcd changes a Txn that etcd 3.7.3 accepts and does not survive. It refuses a Txn that puts and
+// deletes the same key, but not when the delete has the range end "\x00" or the two are in different nested
+// Txns. Then a put with ignore_value or ignore_lease panics, because what it needs has just been deleted;
+// and after a compaction at such a revision a read dies of "range failed to find revision pair". Such
+// deletes are pointed at a key of their own; what etcd surely refuses stays.
+func spareEtcd(t *pb.TxnRequest) {
+	puts, deletes := make(map[*pb.PutRequest]bool), make(map[*pb.DeleteRangeRequest]bool) // true: not nested
+	collectWrites(t, true, puts, deletes)
+	for d, outer := range deletes {
+		for p, alsoOuter := range puts {
+			fromKeyOn := len(d.RangeEnd) == 1 && d.RangeEnd[0] == 0
+			if model.Contains(d.Key, d.RangeEnd, p.Key) && (!outer || !alsoOuter || fromKeyOn) {
+				d.Key, d.RangeEnd = []byte("never put"), nil
+			}
 		}
 	}
-	return false
-}
-
-func neverIgnore(t *pb.TxnRequest) {
-	for _, o := range slices.Concat(t.Success, t.Failure) {
-		if p := o.GetRequestPut(); p != nil {
+	refused := false
+	for d := range deletes {
+		for p := range puts {
+			refused = refused || model.Contains(d.Key, d.RangeEnd, p.Key)
+		}
+	}
+	if refused {
+		// A put in one branch and a delete in the other are no conflict, but this way nothing is at stake.
+		for p := range puts {
 			p.IgnoreValue, p.IgnoreLease = false, false
 		}
-		if o.GetRequestTxn() != nil {
-			neverIgnore(o.GetRequestTxn())
+	}
+}
+
+func collectWrites(t *pb.TxnRequest, outer bool, puts map[*pb.PutRequest]bool, deletes map[*pb.DeleteRangeRequest]bool) {
+	for _, o := range slices.Concat(t.Success, t.Failure) {
+		switch r := o.Request.(type) {
+		case *pb.RequestOp_RequestPut:
+			puts[r.RequestPut] = outer
+		case *pb.RequestOp_RequestDeleteRange:
+			deletes[r.RequestDeleteRange] = outer
+		case *pb.RequestOp_RequestTxn:
+			collectWrites(r.RequestTxn, false, puts, deletes)
 		}
 	}
 }

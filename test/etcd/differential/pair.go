@@ -44,7 +44,7 @@ func newSide(s *start.Server) (*side, error) {
 		Key: []byte{0}, RangeEnd: []byte{0}, PrevKv: true, WatchId: truthID,
 	}}})
 	if err == nil {
-		_, err = truth.control("the watch on everything is created")
+		_, err = truth.control("the watch on everything is created", 0)
 	}
 	if err != nil {
 		d.close()
@@ -312,7 +312,7 @@ func (p *pair) controls(n int, r *pb.WatchRequest, what string) (*pb.WatchRespon
 	}
 	var got [2]*pb.WatchResponse
 	for i, s := range both {
-		if got[i], err = s.control(what); err != nil {
+		if got[i], err = s.control(what, p.head); err != nil {
 			return nil, &difference{what: fmt.Sprintf("%s: %v", p.sides[i].server.Name, err)}
 		}
 	}
@@ -404,13 +404,16 @@ func (p *pair) playProgress(o operation) error {
 	request := &pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: o.request.(*pb.WatchProgressRequest)}}
 	if expected {
 		p.counts["Watch progress answered"]++
-		_, err := p.controls(o.stream, request, "progress")
+		_, err := p.controls(o.stream, request, progress)
 		return err
 	}
 	both, err := p.streamsFor(o.stream)
 	if err != nil {
 		return err
 	}
+	both[1].mu.Lock()
+	both[1].owed++
+	both[1].mu.Unlock()
 	for _, s := range both {
 		if err := s.rpc.Send(request); err != nil {
 			return err

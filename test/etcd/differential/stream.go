@@ -26,6 +26,8 @@ type watchStream struct {
 	controls []*pb.WatchResponse         // answers without events, in order, not yet taken
 	events   map[int64][]*mvccpb.Event   // per live watch id, not yet taken
 	last     map[int64]*pb.WatchResponse // per live watch id, the last answer with events
+	marks    map[int64]int64             // per live watch id, the newest revision that progress was told for
+	owed     int                         // progress requests that the judge has dropped, set by the pair
 	broken   error                       // first broken promise, or the end of the stream
 }
 
@@ -38,7 +40,7 @@ func openStream(client pb.WatchClient) (*watchStream, error) {
 	}
 	s := &watchStream{
 		rpc: rpc, cancel: cancel, done: make(chan struct{}), changed: make(chan struct{}, 1),
-		events: make(map[int64][]*mvccpb.Event), last: make(map[int64]*pb.WatchResponse),
+		events: make(map[int64][]*mvccpb.Event), last: make(map[int64]*pb.WatchResponse), marks: make(map[int64]int64),
 	}
 	go s.receive()
 	return s, nil
@@ -91,13 +93,24 @@ func (s *watchStream) accept(r *pb.WatchResponse) {
 			s.events[id] = []*mvccpb.Event{}
 		case r.Canceled && !r.Created:
 			delete(s.last, id)
+			delete(s.marks, id)
 			// Events that came before stay until they are taken; later ones are an error.
 			if len(s.events[id]) == 0 {
 				delete(s.events, id)
 			}
 		}
+		if isProgress(r) {
+			for open := range s.events {
+				if id == allWatches || id == open {
+					s.marks[open] = max(s.marks[open], r.Header.GetRevision())
+				}
+			}
+		}
 		s.controls = append(s.controls, r)
 		return
+	}
+	if first := r.Events[0].Kv.ModRevision; first <= s.marks[id] {
+		s.fail(fmt.Errorf("broke Bookmarkable - watch %d got revision %d after progress at %d", id, first, s.marks[id]))
 	}
 	if s.events[id] == nil {
 		s.fail(fmt.Errorf("an event for watch %d, which is not open: %v", id, r.Events[0]))
@@ -147,16 +160,41 @@ func (s *watchStream) wait(what string, ready func() bool) error {
 	}
 }
 
-// control takes the next answer without events.
-func (s *watchStream) control(what string) (*pb.WatchResponse, error) {
-	if err := s.wait(what, func() bool { return len(s.controls) > 0 }); err != nil {
-		return nil, err
+// allWatches is the watch id of progress that holds for every watch of the stream.
+const allWatches = -1
+
+func isProgress(r *pb.WatchResponse) bool {
+	return len(r.Events) == 0 && !r.Created && !r.Canceled
+}
+
+// control takes the next answer without events. Late progress is passed over, see late.
+func (s *watchStream) control(what string, head int64) (*pb.WatchResponse, error) {
+	for {
+		if err := s.wait(what, func() bool { return len(s.controls) > 0 }); err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		r := s.controls[0]
+		s.controls = s.controls[1:]
+		passed := s.late(r, what, head)
+		s.mu.Unlock()
+		if !passed {
+			return r, nil
+		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	r := s.controls[0]
-	s.controls = s.controls[1:]
-	return r, nil
+}
+
+const progress = "progress"
+
+// late tells whether r answers a progress request that came too early and that the judge dropped. The API
+// says "as soon as possible": etcd answers at once or never, another server may answer when it can. What
+// such an answer promises has been checked by accept. REQUIRES: s.mu.
+func (s *watchStream) late(r *pb.WatchResponse, wanted string, head int64) bool {
+	if s.owed == 0 || !isProgress(r) || r.WatchId != allWatches || wanted == progress && r.Header.GetRevision() == head {
+		return false
+	}
+	s.owed--
+	return true
 }
 
 // take returns at least n events of watcher id: all that have come.
@@ -176,8 +214,13 @@ func (s *watchStream) take(id int64, n int, what string) ([]*mvccpb.Event, error
 }
 
 // untaken are answers that nobody expected.
-func (s *watchStream) untaken() []*pb.WatchResponse {
+func (s *watchStream) untaken() (unexpected []*pb.WatchResponse) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.controls
+	for _, r := range s.controls {
+		if !s.late(r, "", 0) {
+			unexpected = append(unexpected, r)
+		}
+	}
+	return unexpected
 }

@@ -115,6 +115,7 @@ func Run(t testing.TB, env []string, args ...string) *Process {
 		t.Fatal(err)
 	}
 	p.cmd = exec.Command(Binary(t), args...)
+	p.cmd.SysProcAttr = noOrphan
 	p.cmd.Env = append(os.Environ(), env...)
 	w := &watchedWriter{file: out, ready: p.ready}
 	p.cmd.Stdout, p.cmd.Stderr = w, w
