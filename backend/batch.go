@@ -131,7 +131,7 @@ func (b *batch) write(slot uint32, known bool, kv *keyValue, deleted bool) {
 	}
 	kv.mod = b.begin + 1
 	if u.oldHead != 0 && ix.recs.at(u.oldHead).rev >= kv.mod {
-		panic(fmt.Sprintf("backend: a key is written twice in revision %d; etcdapi refuses such Txns", kv.mod))
+		panic(fmt.Sprintf("backend: a key is written twice in revision %d", kv.mod))
 	}
 	u.rec = ix.recs.alloc()
 	r := ix.recs.at(u.rec)

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // CheckReport is what CheckSQLite found.
@@ -31,6 +33,10 @@ func CheckSQLite(ctx context.Context, path string, progress func(done, total int
 	}
 	c := &checker{keys: make(map[string]checkedKey), leases: make(map[int64]bool), compact: -1}
 	err = c.run(ctx, file.writer, progress)
+	if e := asSQLiteError(err); e != nil && e.corrupt() {
+		c.problem("SQLite: %v: what could be read is above; stop here, restore a backup or try `sqlite3 FILE .recover`", e)
+		err = nil
+	}
 	return c.report, errors.Join(err, file.close())
 }
 
@@ -78,6 +84,18 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 		c.leases[s.columnInt64(0)] = true
 		if ttl := s.columnInt64(1); ttl <= 0 || ttl > maxLeaseTTL {
 			c.problem("lease %016x was granted %d seconds", s.columnInt64(0), ttl)
+		}
+		if s.columnInt64(2) <= 0 {
+			c.problem("lease %016x has no deadline", s.columnInt64(0))
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = eachRow(db, sqliteAlarms, func(s *stmt) error {
+		if a := pb.AlarmType(s.columnInt64(1)); a != pb.AlarmType_NOSPACE && a != pb.AlarmType_CORRUPT {
+			c.problem("alarm %d is of no known type", a)
 		}
 		return nil
 	})
@@ -147,10 +165,15 @@ func (c *checker) row(s *stmt) {
 	key := string(s.columnBlob(9))
 	prev, seen := c.keys[key]
 	known := seen && rev > c.compact
+	if len(key) == 0 || s.columnText(10) != "blob" || s.columnText(11) != "blob" {
+		c.problem("row %d: its key is empty, or its key or value is not stored as bytes", id)
+	}
 	switch {
+	case seen && prev.rev == rev:
+		c.problem("row %d: revision %d holds its key twice", id, rev)
 	case k.deleted && (k.create != 0 || k.version != 0 || k.lease != 0 || size != 0):
 		c.problem("row %d: a tombstone with a version, lease or value", id)
-	case k.deleted && known && prev.deleted:
+	case k.deleted && rev > c.compact && (!seen || prev.deleted):
 		c.problem("row %d: revision %d deletes a key that does not exist", id, rev)
 	case k.deleted:
 	case k.version < 1 || k.create < 2 || k.create > rev:

@@ -69,7 +69,8 @@ type Hooks struct {
 	// CompactionDone is called when the rows that compaction at rev made unreachable are gone.
 	CompactionDone func(rev, rows int64, took time.Duration)
 	LeaseExpired   func(id int64)
-	Alarm          func(a *pb.AlarmMember, raised bool)
+	// Alarm is called for every alarm that is raised or cleared, and at the start for those that stand.
+	Alarm func(a *pb.AlarmMember, raised bool)
 	// StorageError is called when a batch or a background step could not be written,
 	// StorageHealed when the next one could.
 	StorageError  func(err error)

@@ -2,10 +2,9 @@ package backend
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/binary"
 	"errors"
-	"fmt"
+	"math"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -90,25 +89,19 @@ func (db *DB) Write(ctx context.Context, cmd Command) (proto.Message, error) {
 	return p.resp, nil
 }
 
-// grantDrawn draws the id of a lease: apply may not. An id that is taken is drawn again.
+// grantDrawn draws the id of a lease that the client leaves to us: apply may not. An id that is taken is drawn again.
 func (db *DB) grantDrawn(ctx context.Context, cmd Command, g *pb.LeaseGrantRequest) (proto.Message, error) {
 	for {
-		var b [8]byte
-		if _, err := rand.Read(b[:]); err != nil {
-			return nil, fmt.Errorf("drawing a lease id: %w", err)
-		}
-		id := int64(binary.BigEndian.Uint64(b[:]) &^ (1 << 63))
-		if id == 0 {
-			continue
-		}
-		cmd.Request = &pb.LeaseGrantRequest{ID: id, TTL: g.TTL}
+		cmd.Request = &pb.LeaseGrantRequest{ID: db.drawLeaseID(), TTL: g.TTL}
 		resp, err := db.Write(ctx, cmd)
-		if errors.Is(err, ErrLeaseExists) {
-			continue
+		if !errors.Is(err, ErrLeaseExists) {
+			return resp, err
 		}
-		return resp, err
 	}
 }
+
+// drawLeaseID returns a positive number, as etcd's lease ids are.
+func drawLeaseID() int64 { return 1 + rand.Int64N(math.MaxInt64) }
 
 // submit queues an entry and waits for it.
 func (db *DB) submit(ctx context.Context, p *pending) error {

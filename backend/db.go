@@ -29,7 +29,8 @@ type DB struct {
 	broken  error // why the last batch could not
 	err     atomic.Pointer[error]
 
-	opened time.Time // with its monotonic clock, see now
+	opened      time.Time // with its monotonic clock, see now
+	drawLeaseID func() int64
 
 	appliedIndex atomic.Uint64
 	logical      atomic.Int64
@@ -76,6 +77,7 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 		index:         &index{recs: recs, slots: newSlots(), vals: newValues(recs, o.ValueCacheBytes)},
 		committerDone: make(chan struct{}),
 		opened:        time.Now(),
+		drawLeaseID:   drawLeaseID,
 	}
 	db.queue.init()
 	db.leases.init()
@@ -89,6 +91,11 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 	db.storeCounters()
 	db.publish()
 
+	for _, a := range db.Alarms() {
+		if o.Hooks.Alarm != nil {
+			o.Hooks.Alarm(a, true)
+		}
+	}
 	if len(db.st.garbage) == 0 {
 		db.compactor.swept = db.st.compact
 	}

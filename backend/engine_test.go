@@ -462,6 +462,24 @@ func TestQuotaRaisesNoSpaceAndClearsIt(t *testing.T) {
 	mustPut(t, db, "k", "v")
 }
 
+func TestALeaseIDThatIsTakenIsDrawnAgainButNotOneTheClientChose(t *testing.T) {
+	db := openTest(t, testPath(t), Options{})
+	draws := []int64{7, 7, 7, 8}
+	db.drawLeaseID = func() int64 {
+		id := draws[0]
+		draws = draws[1:]
+		return id
+	}
+	for _, want := range []int64{7, 8} {
+		if got := mustWrite(t, db, &pb.LeaseGrantRequest{TTL: 100}).(*pb.LeaseGrantResponse).ID; got != want {
+			t.Errorf("drew %d, want %d", got, want)
+		}
+	}
+	if _, err := db.Write(t.Context(), Command{Request: &pb.LeaseGrantRequest{ID: 7, TTL: 100}}); !errors.Is(err, ErrLeaseExists) {
+		t.Errorf("a chosen id that is taken: %v", err)
+	}
+}
+
 func TestLeaseDeadlinesSurviveARestart(t *testing.T) {
 	path := testPath(t)
 	db, err := OpenSQLite(t.Context(), path, Options{})
@@ -492,6 +510,46 @@ func TestLeaseDeadlinesSurviveARestart(t *testing.T) {
 	h, err := db.History(t.Context(), HistoryRequest{From: rev + 1, Key: []byte{0}, RangeEnd: []byte{0}})
 	if err != nil || len(h.Events) != 1 || h.Events[0].Type != mvccpb.Event_DELETE || string(h.Events[0].Key) != "short" {
 		t.Errorf("expiry left %v (%v)", h.Events, err)
+	}
+}
+
+func putOp(key string) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(key)}}}
+}
+
+func deleteOp(key, end string) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(key), RangeEnd: []byte(end)}}}
+}
+
+func txnOp(ops ...*pb.RequestOp) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: &pb.TxnRequest{Success: ops}}}
+}
+
+// TestTxnWritesAKeyOnce: Txns that end the process of an etcd are refused, and what is no conflict is not.
+func TestTxnWritesAKeyOnce(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		ops  []*pb.RequestOp
+		want error
+	}{
+		{"a put, then a delete of it", []*pb.RequestOp{txnOp(putOp("b")), txnOp(deleteOp("b", ""))}, ErrDuplicateKey},
+		{"a delete up to the end, then a put", []*pb.RequestOp{deleteOp("a", "\x00"), putOp("live")}, ErrDuplicateKey},
+		{"two puts", []*pb.RequestOp{txnOp(putOp("b")), putOp("c"), txnOp(txnOp(putOp("b")))}, ErrDuplicateKey},
+		{"a put of a key that the delete did not find", []*pb.RequestOp{txnOp(deleteOp("b", "")), txnOp(putOp("b"))}, nil},
+		{"two deletes", []*pb.RequestOp{deleteOp("live", ""), deleteOp("a", "\x00")}, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			db := openTest(t, testPath(t), Options{})
+			mustPut(t, db, "live", "")
+			_, err := db.Write(t.Context(), Command{Request: &pb.TxnRequest{Success: c.ops}})
+			if !errors.Is(err, c.want) {
+				t.Errorf("got %v, want %v", err, c.want)
+			}
+			if want := int64(2); c.want != nil && db.Revision() != want {
+				t.Errorf("a refused Txn left revision %d", db.Revision())
+			}
+			mustPut(t, db, "after", "")
+		})
 	}
 }
 

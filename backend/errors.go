@@ -12,6 +12,8 @@ var (
 	ErrFutureRev = errors.New("backend: required revision is a future revision")
 	// ErrCompacted: the revision asked for lies behind the compaction revision. See CompactedError.
 	ErrCompacted = errors.New("backend: required revision has been compacted")
+	// ErrDuplicateKey: a Txn would write one key twice.
+	ErrDuplicateKey = errors.New("backend: duplicate key given in txn request")
 	// ErrKeyNotFound: ignore_value or ignore_lease on a key that does not exist.
 	ErrKeyNotFound = errors.New("backend: key not found")
 

@@ -156,7 +156,8 @@ func (rd *reader) revision(rev int64) (int64, error) {
 // contextEvery is how many keys are read between two looks at the request's context.
 const contextEvery = 256
 
-func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest) (*RangeResult, error) {
+// rangeKeys answers req; Count is left out where counted is false.
+func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted bool) (*RangeResult, error) {
 	rev, err := rd.revision(req.Revision)
 	if err != nil {
 		return nil, err
@@ -183,7 +184,7 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest) (*RangeRe
 	}
 	// Only the newest revision has its count ready; for an older one the keys behind the limit are
 	// walked too.
-	countAlong := rev != rd.rev || k.single
+	countAlong := counted && (rev != rd.rev || k.single)
 
 	var all []found
 	seen := 0
@@ -215,9 +216,10 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest) (*RangeRe
 	if err != nil {
 		return nil, err
 	}
-	if countAlong {
+	switch {
+	case countAlong:
 		res.Count = int64(seen)
-	} else {
+	case counted:
 		res.Count = rd.count(k, rev)
 	}
 	order.sort(all, keysOnly)

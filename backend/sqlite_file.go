@@ -232,7 +232,20 @@ func prepareFile(path string) (err error) {
 	if err != nil {
 		return err
 	}
-	if pages == 0 {
+	fresh := pages == 0
+	if !fresh {
+		// A start that ended between the first page and the mark in it has left a file without any table.
+		tables, err := c.queryInt64("SELECT count(*) FROM sqlite_schema")
+		if err != nil {
+			return err
+		}
+		id, err := c.queryInt64("PRAGMA application_id")
+		if err != nil {
+			return err
+		}
+		fresh = tables == 0 && id == 0
+	}
+	if fresh {
 		// Still with a rollback journal: so the first page is durable in the file itself before there is a WAL. SQLite
 		// removes the WAL of an empty file.
 		if err := c.exec(fmt.Sprintf(newFilePragmas, sqliteApplicationID)); err != nil {

@@ -21,7 +21,8 @@ const (
 	// sqliteHistoryRows reads values too, row by row as the caller steps.
 	sqliteHistoryRows = `SELECT rev, create_rev, version, lease, deleted, key, value
 		FROM revisions WHERE id >= ? ORDER BY id`
-	sqliteCheckRows = `SELECT id, rev, sub, create_rev, version, lease, deleted, committed_at, length(value), key
+	sqliteCheckRows = `SELECT id, rev, sub, create_rev, version, lease, deleted, committed_at, length(value), key,
+		typeof(key), typeof(value)
 		FROM revisions ORDER BY id`
 
 	sqlitePutLease = `INSERT INTO lease (id, ttl, deadline) VALUES (?, ?, ?)

@@ -143,7 +143,8 @@ func (v *values) count(h uint64, sign int64) {
 // REQUIRES: v.mu is held.
 func (v *values) room(rec uint32, n int) (buf []byte, handle uint64) {
 	s := v.cur
-	if s == nil || s.n+n > len(s.buf) {
+	for s == nil || s.n+n > len(s.buf) {
+		// A new slab may begin with Frames rescued from another, up to a half of it.
 		s = v.newSlab(max(n, slabBytes))
 	}
 	at := s.n
@@ -215,7 +216,7 @@ func (v *values) forget(s *slab, entries []slabEntry) {
 	}
 }
 
-// victim is the slab with the fewest live bytes; where they are much alike, the oldest.
+// victim is the slab with the fewest live bytes for its size; where they are much alike, the oldest.
 func (v *values) victim() *slab {
 	var best *slab
 	for i := range *v.table.Load() {
@@ -227,13 +228,16 @@ func (v *values) victim() *slab {
 			best = s
 			continue
 		}
-		more := s.live.Load() - best.live.Load()
+		more := s.density() - best.density()
 		if more < -slabBytes/16 || more <= slabBytes/16 && s.born < best.born {
 			best = s
 		}
 	}
 	return best
 }
+
+// density is the live bytes of a slab, as of one of the usual size.
+func (s *slab) density() int64 { return s.live.Load() * slabBytes / int64(len(s.buf)) }
 
 // place makes a slab and gives it the first free place in the table.
 func (v *values) place(size int) *slab {

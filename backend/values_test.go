@@ -174,6 +174,22 @@ func TestSupersededValuesMakeRoom(t *testing.T) {
 	}
 }
 
+func TestALargeValueBesideRescuedOnes(t *testing.T) {
+	recs := newRecords()
+	v := newValues(recs, 2*slabBytes)
+	for n := range 250 {
+		rec := recs.alloc()
+		v.add(rec, testValue(n, 10_000))
+		if n%5 < 3 {
+			v.supersede(recs.at(rec))
+		}
+	}
+	for n := range 10 {
+		v.add(recs.alloc(), testValue(1000+n, 900_000))
+		mustBeSound(t, v)
+	}
+}
+
 func TestStaleMarks(t *testing.T) {
 	recs := newRecords()
 	v := newValues(recs, 4*slabBytes)

@@ -57,7 +57,12 @@ func (v *View) CompactRevision() int64 { return max(v.compact, 0) }
 // older one, as in etcd. It returns ErrFutureRev or a *CompactedError for a revision that the View
 // does not hold. The request's form (an empty key, unknown enums) is for the caller to check.
 func (v *View) Range(ctx context.Context, req *pb.RangeRequest) (*RangeResult, error) {
-	return v.rangeKeys(ctx, req)
+	return v.rangeKeys(ctx, req, true)
+}
+
+// Page is Range without a Count: at a revision that is not the newest, counting walks every key behind the limit.
+func (v *View) Page(ctx context.Context, req *pb.RangeRequest) (*RangeResult, error) {
+	return v.rangeKeys(ctx, req, false)
 }
 
 // Txn answers a Txn that only reads.

@@ -21,6 +21,7 @@ var statusOf = []struct {
 	// what the client asked for
 	{backend.ErrCompacted, rpctypes.ErrGRPCCompacted},
 	{backend.ErrFutureRev, rpctypes.ErrGRPCFutureRev},
+	{backend.ErrDuplicateKey, rpctypes.ErrGRPCDuplicateKey},
 	{backend.ErrKeyNotFound, rpctypes.ErrGRPCKeyNotFound},
 	{backend.ErrLeaseNotFound, rpctypes.ErrGRPCLeaseNotFound},
 	{backend.ErrLeaseExists, rpctypes.ErrGRPCLeaseExist},

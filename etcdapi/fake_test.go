@@ -1,7 +1,6 @@
 package etcdapi
 
 import (
-	"bytes"
 	"context"
 	"net"
 	"slices"
@@ -82,8 +81,12 @@ func (f *fakeStore) Write(ctx context.Context, cmd backend.Command) (proto.Messa
 	case *pb.CompactionRequest:
 		return &pb.CompactionResponse{Header: &pb.ResponseHeader{Revision: 1}}, nil
 	case *pb.LeaseGrantRequest:
-		f.leases[r.ID] = backend.LeaseStatus{ID: r.ID, TTL: r.TTL, GrantedTTL: r.TTL}
-		return &pb.LeaseGrantResponse{ID: r.ID, TTL: r.TTL}, nil
+		id := r.ID
+		if id == 0 {
+			id = 1000 + int64(len(f.leases)) // the backend draws it
+		}
+		f.leases[id] = backend.LeaseStatus{ID: id, TTL: r.TTL, GrantedTTL: r.TTL}
+		return &pb.LeaseGrantResponse{ID: id, TTL: r.TTL}, nil
 	case *pb.LeaseRevokeRequest:
 		if _, ok := f.leases[r.ID]; !ok {
 			return nil, backend.ErrLeaseNotFound
@@ -188,6 +191,15 @@ func (v *fakeView) Release() {
 }
 
 // Range answers with what is at req.Revision or before; it keeps no history, so a key changed later is missing.
+// Page leaves a Count behind that nobody may use.
+func (v *fakeView) Page(ctx context.Context, r *pb.RangeRequest) (*backend.RangeResult, error) {
+	res, err := v.Range(ctx, r)
+	if err == nil {
+		res.Count = -1
+	}
+	return res, err
+}
+
 func (v *fakeView) Range(_ context.Context, r *pb.RangeRequest) (*backend.RangeResult, error) {
 	f := v.f
 	f.mu.Lock()
@@ -305,8 +317,13 @@ func newTestServer(t *testing.T, f *fakeStore, change func(*Options)) *Server {
 // dial serves s on a connection in memory.
 func dial(t *testing.T, s *Server) *grpc.ClientConn {
 	t.Helper()
+	return dialOn(t, s, grpc.NewServer(s.ServerOptions()...))
+}
+
+// dialOn is dial with the gRPC server of the test, made with ServerOptions.
+func dialOn(t *testing.T, s *Server, g *grpc.Server) *grpc.ClientConn {
+	t.Helper()
 	l := bufconn.Listen(1 << 20)
-	g := grpc.NewServer(s.ServerOptions()...)
 	s.RegisterGRPC(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()
@@ -349,5 +366,3 @@ func checkErr(t *testing.T, what string, got, want error) {
 }
 
 var big = strings.Repeat("v", 5000)
-
-func joined(bufs [][]byte) []byte { return bytes.Join(bufs, nil) }

@@ -74,17 +74,15 @@ func onlyGet(h http.HandlerFunc) http.HandlerFunc {
 
 func (s *Server) serveVersion(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	writeJSON(w, http.StatusOK, s.version)
+	fmt.Fprint(w, encodeJSON(s.version))
 }
 
-// writeJSON writes v. An error of w is the connection's: the client is gone, there is nobody to tell.
-func writeJSON(w http.ResponseWriter, code int, v any) {
+func encodeJSON(v any) string {
 	b, err := json.Marshal(v)
 	if err != nil {
 		panic(fmt.Sprintf("etcdapi: cannot encode a %T: %v", v, err)) // only our own plain structs come here
 	}
-	w.WriteHeader(code)
-	_, _ = w.Write(b)
+	return string(b)
 }
 
 type healthAnswer struct {
@@ -98,13 +96,11 @@ func (s *Server) serveHealth(w http.ResponseWriter, r *http.Request) {
 	reason := s.unhealthy(r)
 	if reason == "" {
 		s.metrics.healthSuccess.Inc()
-		writeJSON(w, http.StatusOK, healthAnswer{Health: "true"})
+		fmt.Fprint(w, encodeJSON(healthAnswer{Health: "true"}))
 		return
 	}
 	s.metrics.healthFailures.Inc()
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8") // as etcd, which answers through http.Error
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	writeJSON(w, http.StatusServiceUnavailable, healthAnswer{Health: "false", Reason: reason})
+	http.Error(w, encodeJSON(healthAnswer{Health: "false", Reason: reason}), http.StatusServiceUnavailable)
 }
 
 func (s *Server) unhealthy(r *http.Request) (reason string) {

@@ -52,7 +52,7 @@ func TestHTTPEndpointsAnswerAsEtcd(t *testing.T) {
 		ready   = "[+]data_corruption ok\n[+]serializable_read ok\n[+]linearizable_read ok\n[+]non_learner ok\n"
 	)
 	diskFull, closed := backend.ErrDiskFull.Error(), backend.ErrClosed.Error()
-	rangeError := `{"health":"false","reason":"RANGE ERROR:` + diskFull + `"}`
+	rangeError := `{"health":"false","reason":"RANGE ERROR:` + diskFull + `"}` + "\n"
 	for _, c := range []struct {
 		path     string
 		alarms   []*pb.AlarmMember
@@ -65,14 +65,14 @@ func TestHTTPEndpointsAnswerAsEtcd(t *testing.T) {
 		{path: "/version", code: 200, body: `{"etcdserver":"3.7.3","etcdcluster":"3.7.0","storage":"3.7.0"}`},
 		{path: "/health", code: 200, body: healthy},
 		{path: "/health?serializable=true", code: 200, body: healthy},
-		{path: "/health", alarms: []*pb.AlarmMember{nospace}, code: 503, body: `{"health":"false","reason":"ALARM NOSPACE"}`},
-		{path: "/health", alarms: []*pb.AlarmMember{corrupt}, code: 503, body: `{"health":"false","reason":"ALARM CORRUPT"}`},
-		{path: "/health", alarms: []*pb.AlarmMember{{Alarm: 77}}, code: 503, body: `{"health":"false","reason":"ALARM UNKNOWN"}`},
+		{path: "/health", alarms: []*pb.AlarmMember{nospace}, code: 503, body: `{"health":"false","reason":"ALARM NOSPACE"}` + "\n"},
+		{path: "/health", alarms: []*pb.AlarmMember{corrupt}, code: 503, body: `{"health":"false","reason":"ALARM CORRUPT"}` + "\n"},
+		{path: "/health", alarms: []*pb.AlarmMember{{Alarm: 77}}, code: 503, body: `{"health":"false","reason":"ALARM UNKNOWN"}` + "\n"},
 		{path: "/health?exclude=NOSPACE", alarms: []*pb.AlarmMember{nospace}, code: 200, body: healthy},
-		{path: "/health?exclude=NOSPACE", alarms: []*pb.AlarmMember{nospace, corrupt}, code: 503, body: `{"health":"false","reason":"ALARM CORRUPT"}`},
+		{path: "/health?exclude=NOSPACE", alarms: []*pb.AlarmMember{nospace, corrupt}, code: 503, body: `{"health":"false","reason":"ALARM CORRUPT"}` + "\n"},
 		{path: "/health?exclude=NOSPACE&exclude=CORRUPT", alarms: []*pb.AlarmMember{nospace, corrupt}, code: 200, body: healthy},
-		{path: "/health?exclude=", alarms: []*pb.AlarmMember{nospace}, code: 503, body: `{"health":"false","reason":"ALARM NOSPACE"}`},
-		{path: "/health", noLeader: true, code: 503, body: `{"health":"false","reason":"RAFT NO LEADER"}`},
+		{path: "/health?exclude=", alarms: []*pb.AlarmMember{nospace}, code: 503, body: `{"health":"false","reason":"ALARM NOSPACE"}` + "\n"},
+		{path: "/health", noLeader: true, code: 503, body: `{"health":"false","reason":"RAFT NO LEADER"}` + "\n"},
 		{path: "/health?serializable=true", noLeader: true, code: 200, body: healthy},
 		{path: "/health", err: backend.ErrDiskFull, code: 503, body: rangeError},
 		{path: "/health?serializable=true", err: backend.ErrDiskFull, code: 200, body: healthy},

@@ -75,7 +75,7 @@ func (k *kvServer) rangeUnary(ctx context.Context, req *pb.RangeRequest) (_ *ran
 		return nil, err
 	}
 	defer k.s.metrics.request("Range", time.Now(), &err)
-	res, err := k.read(ctx, req)
+	res, err := k.read(ctx, req, View.Range)
 	if err != nil {
 		return nil, toStatus(err)
 	}
@@ -104,12 +104,15 @@ func (k *kvServer) rangeStream(req *pb.RangeRequest, stream grpc.ServerStream) e
 	if limit == 0 {
 		limit = math.MaxInt64
 	}
-	if !req.CountOnly {
+	chunk := View.Page
+	if req.CountOnly {
+		chunk = View.Range
+	} else {
 		req.Limit = min(firstChunkKeys, limit)
 	}
 	var sent, headerRevision int64
 	for {
-		res, err := k.read(ctx, req)
+		res, err := k.read(ctx, req, chunk)
 		if err != nil {
 			return toStatus(err)
 		}
@@ -124,7 +127,9 @@ func (k *kvServer) rangeStream(req *pb.RangeRequest, stream grpc.ServerStream) e
 		if done {
 			out.header = k.s.headerWithoutRevision(&pb.ResponseHeader{Revision: headerRevision})
 			out.more = res.More && !req.CountOnly
-			out.count = sent + res.Count // res.Count counts from this chunk's first key on
+			if out.count, err = k.streamCount(ctx, req, sent, res); err != nil {
+				return toStatus(err)
+			}
 		}
 		if err := stream.SendMsg(out); err != nil {
 			return err
@@ -139,12 +144,28 @@ func (k *kvServer) rangeStream(req *pb.RangeRequest, stream grpc.ServerStream) e
 	}
 }
 
-// read answers req from the newest View.
-func (k *kvServer) read(ctx context.Context, req *pb.RangeRequest) (*backend.RangeResult, error) {
+// streamCount is the number of keys in the range of a RangeStream whose last chunk, read by req, is last. Only where a
+// limit has cut the stream off are there keys that it has not seen.
+func (k *kvServer) streamCount(ctx context.Context, req *pb.RangeRequest, sent int64, last *backend.RangeResult) (int64, error) {
+	switch {
+	case req.CountOnly:
+		return last.Count, nil
+	case !last.More:
+		return sent + int64(len(last.KVs)), nil
+	}
+	rest, err := k.read(ctx, &pb.RangeRequest{Key: req.Key, RangeEnd: req.RangeEnd, Revision: req.Revision, CountOnly: true}, View.Range)
+	if err != nil {
+		return 0, err
+	}
+	return sent + rest.Count, nil
+}
+
+// read answers req from the newest View, by its method how.
+func (k *kvServer) read(ctx context.Context, req *pb.RangeRequest, how func(View, context.Context, *pb.RangeRequest) (*backend.RangeResult, error)) (*backend.RangeResult, error) {
 	start := time.Now()
 	view := k.s.opts.View()
 	defer view.Release()
-	res, err := view.Range(ctx, req)
+	res, err := how(view, ctx, req)
 	k.s.metrics.ranged(time.Since(start), err)
 	return res, err
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"math/rand/v2"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
@@ -16,25 +15,15 @@ type leaseServer struct {
 	pb.UnsafeLeaseServer // a new method of the service must break the build
 }
 
-// LeaseGrant draws the id if the client leaves it to the server: what reaches the backend is decided, so that it
-// can be applied again with the same outcome. A drawn id that is taken is drawn again.
+// LeaseGrant grants a lease. Where the client leaves the id to the server, the backend draws it.
 func (l *leaseServer) LeaseGrant(ctx context.Context, req *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
-	drawn := req.ID == 0
-	for {
-		if drawn {
-			req.ID = 1 + rand.Int64N(1<<63-1) // etcd: only positive ids
-		}
-		resp, err := write[*pb.LeaseGrantResponse](ctx, l.s, "LeaseGrant", req)
-		if drawn && errors.Is(err, toStatus(backend.ErrLeaseExists)) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		l.s.metrics.leaseGranted(resp.TTL)
-		resp.Header = l.s.header(resp.Header)
-		return resp, nil
+	resp, err := write[*pb.LeaseGrantResponse](ctx, l.s, "LeaseGrant", req)
+	if err != nil {
+		return nil, err
 	}
+	l.s.metrics.leaseGranted(resp.TTL)
+	resp.Header = l.s.header(resp.Header)
+	return resp, nil
 }
 
 func (l *leaseServer) LeaseRevoke(ctx context.Context, req *pb.LeaseRevokeRequest) (*pb.LeaseRevokeResponse, error) {

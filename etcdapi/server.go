@@ -40,6 +40,7 @@ type Writer interface {
 // View is the store at one revision; see backend.View. Release is called exactly once.
 type View interface {
 	Range(ctx context.Context, req *pb.RangeRequest) (*backend.RangeResult, error)
+	Page(ctx context.Context, req *pb.RangeRequest) (*backend.RangeResult, error) // Range without Count
 	Txn(ctx context.Context, req *pb.TxnRequest) (*pb.TxnResponse, error)
 	Revision() int64
 	Release()
@@ -199,6 +200,8 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 		grpc.MaxRecvMsgSize(int(s.opts.MaxRequestBytes + grpcOverheadBytes)),
 		grpc.MaxSendMsgSize(math.MaxInt32),
 		grpc.MaxConcurrentStreams(s.opts.MaxConcurrentStreams),
+		// Once Stop has returned the backend may be closed: no handler may be left that uses it.
+		grpc.WaitForHandlers(true),
 	}
 	k := s.opts.Keepalive
 	if k.MinTime > 0 {

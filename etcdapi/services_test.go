@@ -16,6 +16,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -72,26 +73,6 @@ func TestLeases(t *testing.T) {
 	checkHeader(t, revoke.Header, 2)
 	_, err = c.LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: 7})
 	checkErr(t, "revoke twice", err, rpctypes.ErrGRPCLeaseNotFound)
-}
-
-func TestALeaseIDThatIsTakenIsDrawnAgainButNotOneTheClientChose(t *testing.T) {
-	f := newFakeStore()
-	var drawn []int64
-	f.onWrite = func(cmd backend.Command) (proto.Message, error) {
-		id := cmd.Request.(*pb.LeaseGrantRequest).ID
-		drawn = append(drawn, id)
-		if len(drawn) < 3 || id == 7 {
-			return nil, backend.ErrLeaseExists
-		}
-		return &pb.LeaseGrantResponse{ID: id, TTL: 10}, nil
-	}
-	c := pb.NewLeaseClient(dial(t, newTestServer(t, f, nil)))
-	resp, err := c.LeaseGrant(t.Context(), &pb.LeaseGrantRequest{TTL: 10})
-	if err != nil || len(drawn) != 3 || resp.ID != drawn[2] || drawn[0] == drawn[1] {
-		t.Errorf("drew %v, answered %v, %v", drawn, resp, err)
-	}
-	_, err = c.LeaseGrant(t.Context(), &pb.LeaseGrantRequest{ID: 7, TTL: 10})
-	checkErr(t, "own id", err, rpctypes.ErrGRPCLeaseExist)
 }
 
 func TestKeepAliveOfAnUnknownLeaseAnswersTTLZeroAndTheStreamGoesOn(t *testing.T) {
@@ -225,6 +206,34 @@ func TestCloseEndsStreamsAsStoppedThoughTheClientIsSilent(t *testing.T) {
 	if err != nil || got.Status != healthpb.HealthCheckResponse_NOT_SERVING {
 		t.Errorf("health after Close: %v, %v", got, err)
 	}
+}
+
+// After Stop the backend is closed: a handler that still reads it then would read a closed database.
+func TestStopWaitsForHandlers(t *testing.T) {
+	entered, leave := make(chan struct{}), make(chan struct{})
+	f := newFakeStore()
+	f.onWrite = func(backend.Command) (proto.Message, error) {
+		close(entered)
+		<-leave
+		return &pb.PutResponse{}, nil
+	}
+	s := newTestServer(t, f, nil)
+	g := grpc.NewServer(s.ServerOptions()...)
+	conn := dialOn(t, s, g)
+	go pb.NewKVClient(conn).Put(t.Context(), &pb.PutRequest{Key: []byte("k")})
+	<-entered
+	stopped := make(chan struct{})
+	go func() {
+		g.Stop()
+		close(stopped)
+	}()
+	select {
+	case <-stopped:
+		t.Error("Stop returned while a handler was in the backend")
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(leave)
+	<-stopped
 }
 
 func TestWatchEndsWhenTheClientLeaves(t *testing.T) {

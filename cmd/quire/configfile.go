@@ -20,14 +20,12 @@ var sections = map[string]struct {
 	renamed map[string]string
 }{
 	"client-transport-security": {renamed: map[string]string{
-		"client-cert-file": "client-cert-file", "client-key-file": "client-key-file", "client-cert-auth": "client-cert-auth",
-		"allowed-hostname": "client-cert-allowed-hostname", "crl-file": "client-crl-file", "client-crl-file": "client-crl-file",
+		"allowed-hostname": "client-cert-allowed-hostname", "crl-file": "client-crl-file",
 	}},
 	"peer-transport-security": {prefix: "peer-", renamed: map[string]string{
 		"allowed-cn": "peer-cert-allowed-cn", "allowed-hostname": "peer-cert-allowed-hostname",
-		"skip-client-san-verification": "peer-skip-client-san-verification",
 	}},
-	"socket-options":   {prefix: "socket-", renamed: map[string]string{"reuse-address": "socket-reuse-address"}},
+	"socket-options":   {prefix: "socket-"},
 	"discovery-config": {prefix: "discovery-"},
 }
 
@@ -73,6 +71,11 @@ func readConfigFile(path string, c *config, fs *pflag.FlagSet) error {
 }
 
 func setFromFile(c *config, fs *pflag.FlagSet, path, key, flag string, value any) error {
+	if key == "client-transport-security.allowed-cn" { // etcd has no flag for it
+		if text, err := scalar(value); err != nil || text != "" {
+			return fmt.Errorf("--config-file %s: %s is not supported, and ignoring it would let in clients that it keeps out; use allowed-hostname or a CA of their own", path, key)
+		}
+	}
 	f := fs.Lookup(flag)
 	if f == nil || flag == "config-file" || flag == "version" {
 		c.note("unknown key in the configuration file", "key", key, "config-file", path)

@@ -114,10 +114,8 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.Int64Var(&c.ValueCacheBytes, "value-cache-bytes", 0, "Memory for values kept resident, in bytes (0: quire chooses).")
 
 	urls := func(p *urlList, name, value, usage string) {
-		if value != "" {
-			if err := p.Set(value); err != nil {
-				panic(fmt.Sprintf("default of --%s is not valid: %v", name, err))
-			}
+		if err := p.Set(value); err != nil {
+			panic(fmt.Sprintf("default of --%s is not valid: %v", name, err))
 		}
 		fs.Var(p, name, usage)
 	}

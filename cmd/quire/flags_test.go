@@ -80,6 +80,9 @@ func TestFlagForms(t *testing.T) {
 		{args: "--listen-client-urls http://127.0.0.1:1,https://127.0.0.1:1,unix://localhost:20000", want: func(c *config) bool {
 			return slices.Equal(c.AdvertiseClientURLs.Strings(), []string{"http://127.0.0.1:1", "https://127.0.0.1:1", "unix://localhost:20000"})
 		}},
+		{args: "--listen-metrics-urls= --listen-client-http-urls= --listen-client-urls=", want: func(c *config) bool {
+			return len(c.ListenMetricsURLs) == 0 && len(c.ListenClientHTTPURLs) == 0 && c.ListenClientURLs.String() == defaultListenClientURLs
+		}},
 		{args: "--cipher-suites TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305", want: func(c *config) bool {
 			return len(c.TLS.CipherSuites) == 2
 		}},
@@ -243,8 +246,10 @@ socket-options:
 func TestConfigFileMistakes(t *testing.T) {
 	dir := t.TempDir()
 	for text, want := range map[string]string{
-		"quota-backend-bytes: lots":              "quota-backend-bytes",
-		"client-transport-security: x":           "client-transport-security",
+		"quota-backend-bytes: lots":    "quota-backend-bytes",
+		"client-transport-security: x": "client-transport-security",
+		// Ignored, it would let in clients that it keeps out.
+		"client-transport-security: {allowed-cn: [a]}": "allowed-cn is not supported",
 		"name: {a: b}":                           "one value is expected",
 		"\tname: a":                              "yaml",
 		"listen-client-urls: http://localhost/x": "listen-client-urls",

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -132,13 +133,18 @@ func finishLogger(core zapcore.Core, level string, stderr io.Writer) *zap.Logger
 		zap.ErrorOutput(zapcore.Lock(zapcore.AddSync(writerOnly{stderr}))))
 	// gRPC's own logger writes plain text to stderr, where every line has to be JSON. What it has to say
 	// below debug reaches clients as errors anyway.
-	if level == "debug" {
-		grpclog.SetLoggerV2(zapgrpc.NewLogger(lg))
-	} else {
-		grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
-	}
+	grpcLogger.Do(func() {
+		if level == "debug" {
+			grpclog.SetLoggerV2(zapgrpc.NewLogger(lg))
+		} else {
+			grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
+		}
+	})
 	return lg
 }
+
+// grpcLogger: gRPC's logger is a global that must not be set any more once gRPC is in use.
+var grpcLogger sync.Once
 
 // logNotes writes the warnings that were found before the logger stood.
 func (c *config) logNotes(lg *zap.Logger) {

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"io"
@@ -14,9 +16,13 @@ import (
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	_ "modernc.org/sqlite"
 )
 
 func TestVersionIsInEtcdsForm(t *testing.T) {
@@ -58,15 +64,73 @@ func TestExitCodes(t *testing.T) {
 }
 
 // The whole program: start, serve, stop, check; and every line of its log is JSON with etcd's keys.
-func TestServeAndStop(t *testing.T) {
+// TestAuthorReachesTheRows: on a port with TLS alone, and on one that plain clients share.
+func TestAuthorReachesTheRows(t *testing.T) {
+	dir := t.TempDir()
+	ca := newAuthority(t, dir, "ca")
+	certFile, keyFile := filepath.Join(dir, "server.pem"), filepath.Join(dir, "server-key.pem")
+	ca.issue(2, "server", certFile, keyFile)
+	client := ca.issue(3, "kube-apiserver", filepath.Join(dir, "client.pem"), filepath.Join(dir, "client-key.pem"))
+	secure := credentials.NewTLS(&tls.Config{RootCAs: ca.pool(), Certificates: []tls.Certificate{client}})
+	alone, shared := freeAddress(t), freeAddress(t)
+
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	logged := &syncBuffer{}
+	code := make(chan int, 1)
+	go func() {
+		code <- run(ctx, []string{"--data-dir", dir, "--listen-client-urls", "https://" + alone + ",https://" + shared + ",http://" + shared,
+			"--cert-file", certFile, "--key-file", keyFile, "--trusted-ca-file", ca.file}, []string{"GOGC=100", "GOMEMLIMIT=8GiB"}, io.Discard, logged)
+	}()
+	logged.waitFor(t, "now serving")
+	for key, c := range map[string]struct {
+		addr  string
+		creds credentials.TransportCredentials
+	}{
+		"alone": {alone, secure}, "shared": {shared, secure}, "plain": {shared, insecure.NewCredentials()},
+	} {
+		conn, err := grpc.NewClient(c.addr, grpc.WithTransportCredentials(c.creds))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := pb.NewKVClient(conn).Put(ctx, &pb.PutRequest{Key: []byte(key)}); err != nil {
+			t.Errorf("%s: %v", key, err)
+		}
+	}
+	stop()
+	if c := <-code; c != exitOK {
+		t.Fatalf("exit code %d: %s", c, logged)
+	}
+
+	db, err := sql.Open("sqlite", filepath.Join(dir, "quire.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for key, want := range map[string]string{"alone": "kube-apiserver", "shared": "kube-apiserver", "plain": ""} {
+		var got string
+		if err := db.QueryRow("SELECT author FROM revisions WHERE key = ?", []byte(key)).Scan(&got); err != nil || got != want {
+			t.Errorf("%s: author %q, %v; want %q", key, got, err, want)
+		}
+	}
+}
+
+// freeAddress is an address that nobody listens on.
+func freeAddress(t *testing.T) string {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	addr := l.Addr().String()
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
+	return l.Addr().String()
+}
+
+func TestServeAndStop(t *testing.T) {
+	addr := freeAddress(t)
 	dir := filepath.Join(t.TempDir(), "data")
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()

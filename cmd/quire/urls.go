@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -13,10 +12,10 @@ import (
 // (client/pkg/v3/types: NewURLs; pkg/v3/flags: UniqueURLs). The order matters: the member id hashes it.
 type urlList []url.URL
 
-// Set replaces the list. Texts of errors are etcd's.
+// Set replaces the list; as in etcd an empty text changes nothing. Texts of errors are etcd's.
 func (l *urlList) Set(s string) error {
 	if s == "" {
-		return errors.New("no valid URLs given")
+		return nil
 	}
 	var all urlList
 	for _, in := range strings.Split(s, ",") {

@@ -2,9 +2,11 @@ package conformance
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/mod/semver"
@@ -93,16 +95,29 @@ var httpCases = []testCase{
 	}},
 
 	{name: "/version names the versions of server, cluster and storage", run: func(x *exam) {
-		code, body := x.page("/version")
-		equal(x, "status", code, http.StatusOK)
 		var v map[string]string
-		if err := json.Unmarshal([]byte(body), &v); err != nil {
-			x.Fatalf("%q: %v", body, err)
-		}
-		for _, field := range []string{"etcdserver", "etcdcluster", "storage"} {
-			if semver.Compare("v"+v[field], "v3.7.0") < 0 {
-				x.Errorf("%s is %q, want 3.7.0 or later", field, v[field])
+		// etcd decides on the versions of cluster and storage shortly after it is ready.
+		began := time.Now()
+		for {
+			code, body := x.page("/version")
+			equal(x, "status", code, http.StatusOK)
+			v = nil
+			if err := json.Unmarshal([]byte(body), &v); err != nil {
+				x.Fatalf("%q: %v", body, err)
 			}
+			old := ""
+			for _, field := range []string{"etcdserver", "etcdcluster", "storage"} {
+				if semver.Compare("v"+v[field], "v3.7.0") < 0 {
+					old = fmt.Sprintf("%s is %q, want 3.7.0 or later", field, v[field])
+				}
+			}
+			if old == "" {
+				break
+			}
+			if time.Since(began) > 30*time.Second {
+				x.Fatal(old)
+			}
+			time.Sleep(50 * time.Millisecond) // an HTTP page sends no signal
 		}
 		equal(x, "fields", len(v), 3)
 	}},
