@@ -91,10 +91,17 @@ need-gcc:
 		echo 'installing gcc, which is missing here'; \
 		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev; }
 
+# Some tests read the live database as a person would.
+.PHONY: need-sqlite3
+need-sqlite3:
+	@command -v sqlite3 >/dev/null || { \
+		echo 'installing the sqlite3 shell, which is missing here'; \
+		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends sqlite3; }
+
 ## Testing
 
 .PHONY: test
-test: build build-race $(PEERS)/etcd ## vet, unit and black-box tests with the race detector (< 10 min)
+test: build build-race $(PEERS)/etcd need-sqlite3 ## vet, unit and black-box tests with the race detector (< 10 min)
 	$(GO) vet ./...
 	CGO_ENABLED=1 $(GO) test $(RACE) -timeout 8m ./...
 	for module in $(TEST_MODULES); do (cd $$module && $(GO) vet ./...); done

@@ -86,7 +86,7 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 	if err := db.load(ctx); err != nil {
 		return nil, err
 	}
-	db.leases.graceAfterRestart(db.now())
+	db.graceAfterRestart()
 	db.ring.first = db.st.rev + 1
 	db.storeCounters()
 	db.publish()

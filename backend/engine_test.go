@@ -564,9 +564,17 @@ func TestLeaseThatRanOutWhileClosed(t *testing.T) {
 	mustWrite(t, db, &pb.PutRequest{Key: []byte("k"), Lease: 7})
 	execAlone(t, db, "UPDATE lease SET deadline = deadline - 2000000000")
 	closeAndCheck(t, db, path)
-	db = openTest(t, path, Options{})
+	if db, err = OpenSQLite(t.Context(), path, Options{}); err != nil {
+		t.Fatal(err)
+	}
 	if s, ok := db.Lease(7, true); !ok || s.TTL < 5 || s.TTL > 10 || len(s.Keys) != 1 {
 		t.Fatalf("after the restart: %+v, %v", s, ok)
+	}
+	want := db.leases.byID[7].deadline
+	closeAndCheck(t, db, path)
+	db = openTest(t, path, Options{})
+	if got := db.leases.byID[7].deadline; got != want {
+		t.Errorf("the second restart moved the deadline by %d µs", got-want)
 	}
 	if r := mustWrite(t, db, &pb.LeaseKeepAliveRequest{ID: 7}).(*pb.LeaseKeepAliveResponse); r.TTL != 1000 {
 		t.Errorf("renewed for %d s", r.TTL)

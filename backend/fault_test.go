@@ -292,7 +292,7 @@ func TestCheckpointFails(t *testing.T) {
 	mustEqual(t, "after a Close that failed", contents(t, db), want)
 }
 
-// TestOpeningFails: whichever write of a first start fails, the error is a clear one.
+// TestOpeningFails: whichever write of a first start fails, the error is a clear one, and the next start goes well.
 func TestOpeningFails(t *testing.T) {
 	path := testPath(t)
 	n := int64(1)
@@ -313,6 +313,12 @@ func TestOpeningFails(t *testing.T) {
 			closeAndCheck(t, db, path)
 		} else if !errors.Is(err, ErrDiskFull) && !errors.Is(err, ErrStorage) { // ErrStorage where database/sql lost the errno
 			t.Fatalf("write %d failed: %v, want ErrDiskFull", n, err)
+		} else {
+			if db, err = OpenSQLite(t.Context(), path, Options{}); err != nil {
+				t.Fatalf("the start after the one in which write %d failed: %v", n, err)
+			}
+			mustPut(t, db, "a", "1")
+			closeAndCheck(t, db, path)
 		}
 		for _, suffix := range []string{"", "-wal", "-shm", "-journal"} {
 			if err := os.Remove(path + suffix); err != nil && !errors.Is(err, os.ErrNotExist) {

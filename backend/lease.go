@@ -240,12 +240,22 @@ const (
 // which could not renew it, can. etcd gives such a lease its whole TTL again.
 const restartGrace = 10 * time.Second
 
-// graceAfterRestart prolongs the leases that are overdue when a database is opened, in memory only.
-func (t *leaseTable) graceAfterRestart(now int64) {
-	for len(t.due) > 0 && t.due[0].deadline <= now {
-		l := t.due[0]
-		t.setDeadline(l, now+min(l.ttl*1e6, restartGrace.Microseconds()))
+// graceAfterRestart prolongs the leases that are overdue when a database is opened, and writes it down: a server that
+// restarts again and again must not keep them for ever. If that fails, the grace stands all the same.
+func (db *DB) graceAfterRestart() {
+	c := leaseChanges{table: &db.leases}
+	now := db.now()
+	for due := &db.leases.due; len(*due) > 0 && (*due)[0].deadline <= now; {
+		l := (*due)[0]
+		c.renew(l, now+min(l.ttl*1e6, restartGrace.Microseconds()))
 	}
+	if !c.any() {
+		return
+	}
+	if err := db.log.transaction(func() error { return db.log.writeLeases(&c) }); err != nil && db.opts.Hooks.StorageError != nil {
+		db.opts.Hooks.StorageError(db.log.storageError(err))
+	}
+	c.unlock()
 }
 
 // expiryRetry is how long the expiry loop waits after its Command could not be written.
