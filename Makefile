@@ -147,8 +147,8 @@ test-all: ## everything: lint, verify, test, fuzz, long differential and crash r
 	$(MAKE) verify
 	$(MAKE) test
 	$(MAKE) fuzz
-	$(MAKE) differential N=200000
-	$(MAKE) crash N=100
+	$(MAKE) differential N=500000
+	$(MAKE) crash N=200
 	$(MAKE) bench-quick
 	$(MAKE) test-k8s
 
