@@ -55,7 +55,7 @@ type batch struct {
 	reader // reads the state as the Commands before left it, and the current one's own changes
 
 	now    int64 // µs; the only clock there is in apply: DB.now when the batch began
-	at     int64 // µs; committed_at of the rows: now, but never before a row that is there
+	at     int64 // µs; committed_at of the rows: the wall clock's, but never before a row that is there
 	author string
 	begin  int64 // revision before the current Command
 	sub    int64 // rows of the current Command so far
@@ -87,10 +87,11 @@ type savedState struct {
 	logLen  int
 }
 
-// newBatch begins a batch at a time of DB.now. A batch is not cancelled half way: it has no caller's context.
-func (db *DB) newBatch(now int64) *batch {
+// newBatch begins a batch at a time of DB.now, which is that of leases, and of the wall clock, which is that of people.
+// A batch is not cancelled half way: it has no caller's context.
+func (db *DB) newBatch(now, wall int64) *batch {
 	st := &db.st
-	st.clock = max(st.clock, now)
+	st.clock = max(st.clock, wall)
 	b := &batch{
 		ctx: context.Background(), db: db, st: st, now: now, at: st.clock,
 		was: savedState{

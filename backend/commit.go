@@ -29,8 +29,7 @@ type pending struct {
 	resp    proto.Message
 	expired []int64
 	err     error
-	// ready receives one value: false when the entry is done, true when its goroutine is to commit.
-	ready chan bool
+	done    chan struct{} // closed when the entry is done; nil when its own goroutine commits it
 }
 
 // queue is where writes wait. Its length is bounded by the number of callers: each has one entry in it
@@ -118,7 +117,7 @@ func (db *DB) submit(ctx context.Context, p *pending) error {
 		db.handOver()
 		return p.err
 	}
-	p.ready = make(chan bool, 1)
+	p.done = make(chan struct{})
 	if p.step != nil {
 		q.steps = append(q.steps, p)
 	} else {
@@ -126,7 +125,7 @@ func (db *DB) submit(ctx context.Context, p *pending) error {
 	}
 	q.mu.Unlock()
 	select {
-	case <-p.ready:
+	case <-p.done:
 		return p.err
 	case <-ctx.Done():
 	}
@@ -210,8 +209,8 @@ func (db *DB) commit(items []*pending) {
 		db.commitBatch(items)
 	}
 	for _, p := range items {
-		if p.ready != nil {
-			p.ready <- false
+		if p.done != nil {
+			close(p.done)
 		}
 	}
 }
@@ -226,7 +225,7 @@ func (db *DB) commitBatch(items []*pending) {
 		}
 		db.suspect = false
 	}
-	b := db.newBatch(db.now())
+	b := db.newBatch(db.now(), start.UnixMicro())
 
 	// Apply: Commands become rows and answers, in memory.
 	for _, p := range items {

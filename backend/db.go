@@ -120,7 +120,7 @@ func (db *DB) Close() error {
 		q.mu.Unlock()
 		for _, p := range left {
 			p.err = ErrClosed
-			p.ready <- false
+			close(p.done)
 		}
 		db.cancel()
 		db.background.Wait()

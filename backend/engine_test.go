@@ -687,7 +687,7 @@ func TestUnreadableRowFailsItsReaderOnly(t *testing.T) {
 	}
 	execAlone(t, db, "DELETE FROM revisions WHERE rev = 2")
 	alone(t, db, func() error {
-		b := db.newBatch(db.now())
+		b := db.newBatch(db.now(), db.now())
 		if _, err := b.apply(Command{Request: &pb.PutRequest{Key: []byte("a"), PrevKv: true}}); !errors.Is(err, ErrDamaged) {
 			t.Errorf("got %v, want ErrDamaged", err)
 		}
@@ -728,7 +728,7 @@ func TestKeepAliveOfADueLease(t *testing.T) {
 	db := openTest(t, testPath(t), Options{})
 	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 7, TTL: 100})
 	alone(t, db, func() error {
-		b := db.newBatch(db.now() + (200 * time.Second).Microseconds())
+		b := db.newBatch(db.now()+(200*time.Second).Microseconds(), db.now())
 		if _, err := b.apply(Command{Request: &pb.LeaseKeepAliveRequest{ID: 7}}); !errors.Is(err, ErrLeaseNotFound) {
 			t.Errorf("got %v, want ErrLeaseNotFound", err)
 		}
@@ -763,7 +763,7 @@ func TestApplyIsDeterministic(t *testing.T) {
 		var answers [2]string
 		for i, db := range dbs {
 			alone(t, db, func() (failure error) {
-				b := db.newBatch(now)
+				b := db.newBatch(now, now)
 				expired := b.applyExpiry()
 				resp, err := b.apply(Command{Request: req, Author: "a"})
 				answers[i] = fmt.Sprint(expired, resp, err)
