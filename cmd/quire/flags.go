@@ -124,7 +124,7 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	urls(&c.ListenMetricsURLs, "listen-metrics-urls", "", "Comma-separated URLs to listen on for metrics and health only.")
 	urls(&c.AdvertiseClientURLs, "advertise-client-urls", defaultListenClientURLs, "Comma-separated client URLs that MemberList answers with.")
 	urls(&c.AdvertisePeerURLs, "initial-advertise-peer-urls", defaultListenPeerURLs, "Comma-separated peer URLs of this member; they determine the member id.")
-	fs.StringVar(&c.InitialCluster, "initial-cluster", defaultInitialCluster, "Members of the cluster as name=peerURL, comma-separated; may only name this member.")
+	fs.StringVar(&c.InitialCluster, "initial-cluster", defaultInitialCluster, "Members of the cluster as name=peerURL, comma-separated; members beside this one have no effect yet.")
 	fs.StringVar(&c.InitialClusterToken, "initial-cluster-token", defaultClusterToken, "Token of the cluster; it determines the cluster id.")
 	fs.BoolVar(&c.SocketReusePort, "socket-reuse-port", false, "Set SO_REUSEPORT on listeners.")
 	fs.BoolVar(&c.SocketReuseAddress, "socket-reuse-address", false, "Set SO_REUSEADDR on listeners.")
@@ -364,7 +364,7 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 		}
 		c.InitialCluster = strings.Join(parts, ",")
 	}
-	if err := checkInitialCluster(c.Name, c.InitialCluster); err != nil {
+	if err := c.checkInitialCluster(); err != nil {
 		return err
 	}
 	switch c.AutoCompactionMode {
@@ -448,28 +448,29 @@ func redactURL(s string) string {
 	return s
 }
 
-// checkInitialCluster: several names would give several servers that each believe to be the whole cluster
-// and take writes on their own; that is refused rather than warned about.
-func checkInitialCluster(name, initialCluster string) error {
+// checkInitialCluster checks the form of --initial-cluster, and warns of members beside this one: each would be a
+// store of its own.
+func (c *config) checkInitialCluster() error {
 	names := map[string]bool{}
-	for _, entry := range strings.Split(initialCluster, ",") {
+	for _, entry := range strings.Split(c.InitialCluster, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
 			continue
 		}
 		n, u, ok := strings.Cut(entry, "=")
 		if !ok || n == "" || u == "" {
-			return fmt.Errorf("--initial-cluster %q: %q is not name=peerURL", initialCluster, entry)
+			return fmt.Errorf("--initial-cluster %q: %q is not name=peerURL", c.InitialCluster, entry)
 		}
 		names[n] = true
 	}
 	if len(names) == 0 {
 		return nil
 	}
-	if !names[name] {
-		return fmt.Errorf("couldn't find local name %q in the initial cluster configuration; put it into --initial-cluster %q or change --name", name, initialCluster)
+	if !names[c.Name] {
+		return fmt.Errorf("couldn't find local name %q in the initial cluster configuration; put it into --initial-cluster %q or change --name", c.Name, c.InitialCluster)
 	}
 	if len(names) > 1 {
-		return fmt.Errorf("--initial-cluster names %d members, but storage sqlite is one member by itself; name only %q", len(names), name)
+		c.note("--initial-cluster names other members, which have no effect yet: this server is a store of its own and shares nothing with them; do not give clients more than one of them",
+			"initial-cluster", c.InitialCluster)
 	}
 	return nil
 }

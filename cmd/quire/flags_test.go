@@ -102,6 +102,22 @@ func hasNote(c *config, part string) bool {
 	return slices.ContainsFunc(c.notes, func(n note) bool { return strings.Contains(n.msg, part) })
 }
 
+// TestOtherMembersAreWarnedOf: until there are clusters, nobody may believe to have one.
+func TestOtherMembersAreWarnedOf(t *testing.T) {
+	for args, want := range map[string]bool{
+		"--initial-cluster a=http://127.0.0.1:1,default=http://127.0.0.1:2": true,
+		"--initial-cluster default=http://127.0.0.1:2":                      false,
+	} {
+		c, err := loadConfig(strings.Fields(args), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := hasNote(c, "a store of its own"); got != want {
+			t.Errorf("%s: warned %v, want %v", args, got, want)
+		}
+	}
+}
+
 func TestRefusedFlags(t *testing.T) {
 	for _, x := range []struct {
 		args  string
@@ -139,7 +155,6 @@ func TestRefusedFlags(t *testing.T) {
 		{args: "--storage mysql://h/db", want: "not known"},
 		{args: "--storage /var/lib/x.db", want: "has no scheme"},
 		{args: "--storage sqlite://", want: "names no file"},
-		{args: "--initial-cluster a=http://127.0.0.1:1,default=http://127.0.0.1:2", want: "names 2 members"},
 		{args: "--initial-cluster a=http://127.0.0.1:1", want: `couldn't find local name "default"`},
 	} {
 		_, err := loadConfig(strings.Fields(x.args), x.env)
