@@ -7,6 +7,8 @@ import (
 	"sort"
 	"sync"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // maxLeaseTTL is etcd's bound, in seconds (lease.MaxLeaseTTL).
@@ -274,10 +276,10 @@ func (db *DB) expireLoop() {
 			if wait <= 0 {
 				p := &pending{expire: &expireLeases{}}
 				err := db.submit(db.ctx, p)
-				if err == nil && len(p.expired) > 0 {
-					continue
+				if err == nil && !db.alarms.current().has(pb.AlarmType_CORRUPT) {
+					continue // with nothing revoked too: then a keepalive came first
 				}
-				// It could not be written, or the CORRUPT alarm stands. Every change of a lease would wake
+				// It could not be written, or the CORRUPT alarm forbids it. Every change of a lease would wake
 				// us, a rolled back one too: so do not listen.
 				if !db.pause(expiryRetry) {
 					return
