@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"time"
 
@@ -35,14 +36,15 @@ type pending struct {
 // queue is where writes wait. Its length is bounded by the number of callers: each has one entry in it
 // and is blocked until that is done, and the API bounds how many calls are open.
 //
-// Whoever holds the commit token commits. A write that finds the queue idle takes the token and commits
-// itself, without a hand-over to another goroutine: that is the latency of one client. What arrives
-// meanwhile is committed by the committer goroutine, which keeps the token until the queue is empty:
-// that is the throughput of many.
+// Whoever holds the commit token commits. A write that finds the queue idle while few write takes the token
+// and commits itself, without a hand-over to another goroutine: that is the latency of one client. What
+// arrives meanwhile, or while many write, is committed by the committer goroutine, which keeps the token
+// until the queue is empty: that is the throughput of many.
 type queue struct {
 	mu     sync.Mutex
 	items  []*pending
 	steps  []*pending
+	recent int  // the size of the largest of the last batches, which fades: how many write at present
 	busy   bool // somebody holds the commit token
 	closed bool
 	idle   sync.Cond     // signalled when the token is put down
@@ -102,6 +104,9 @@ func (db *DB) grantDrawn(ctx context.Context, cmd Command, g *pb.LeaseGrantReque
 // drawLeaseID returns a positive number, as etcd's lease ids are.
 func drawLeaseID() int64 { return 1 + rand.Int64N(math.MaxInt64) }
 
+// fewWriters is up to how many writes at a time each commits for itself.
+const fewWriters = 4
+
 // submit queues an entry and waits for it.
 func (db *DB) submit(ctx context.Context, p *pending) error {
 	q := &db.queue
@@ -110,8 +115,10 @@ func (db *DB) submit(ctx context.Context, p *pending) error {
 		q.mu.Unlock()
 		return ErrClosed
 	}
-	if !q.busy {
-		q.busy = true
+	idle := !q.busy
+	q.busy = true
+	if idle && q.recent <= fewWriters {
+		q.note(1)
 		q.mu.Unlock()
 		db.commit([]*pending{p})
 		db.handOver()
@@ -124,6 +131,9 @@ func (db *DB) submit(ctx context.Context, p *pending) error {
 		q.items = append(q.items, p)
 	}
 	q.mu.Unlock()
+	if idle {
+		q.wake <- struct{}{}
+	}
 	select {
 	case <-p.done:
 		return p.err
@@ -161,6 +171,7 @@ func (db *DB) commitLoop() {
 	q := &db.queue
 	for range q.wake {
 		for {
+			q.gather()
 			q.mu.Lock()
 			items, step := q.take()
 			if len(items) == 0 && step == nil {
@@ -179,6 +190,34 @@ func (db *DB) commitLoop() {
 	}
 }
 
+// gatherFor bounds how long a commit is put off for the sake of those who are about to write. It is a
+// fraction of what the commit itself takes.
+const gatherFor = 50 * time.Microsecond
+
+// gather waits for the writes that are on their way, while many write: a commit costs the same for one as for
+// fifty, and the clients that the last batch answered come back together. It lets the goroutines go first that
+// are ready to run, as long as that makes the queue longer, and sleeps once if it is still short.
+func (q *queue) gather() {
+	for n, slept := 0, false; ; {
+		runtime.Gosched()
+		q.mu.Lock()
+		now, enough := len(q.items), q.recent/2
+		q.mu.Unlock()
+		switch {
+		case now > n:
+			n = now
+		case now == 0 || now >= enough || slept:
+			return
+		default:
+			time.Sleep(gatherFor)
+			slept = true
+		}
+	}
+}
+
+// note keeps the size of a batch. REQUIRES: q.mu is held.
+func (q *queue) note(n int) { q.recent = max(n, q.recent-q.recent/4-1) }
+
 // take removes the next batch and at most one step. REQUIRES: q.mu is held.
 func (q *queue) take() (items []*pending, step *pending) {
 	n, bytes := 0, 0
@@ -192,6 +231,7 @@ func (q *queue) take() (items []*pending, step *pending) {
 		items = append([]*pending(nil), q.items[:n]...)
 		q.items = append(q.items[:0], q.items[n:]...)
 	}
+	q.note(n)
 	if len(q.steps) > 0 {
 		step = q.steps[0]
 		q.steps = append(q.steps[:0], q.steps[1:]...)
