@@ -238,7 +238,7 @@ func (b *batch) events() []Event {
 		start := len(buf)
 		buf = append(buf, w.frame...)
 		frame := Frame(buf[start:len(buf):len(buf)])
-		events[i] = Event{Rev: w.rev, Type: mvccpb.Event_PUT, Key: frame.Key(), KV: frame}
+		events[i] = Event{Rev: w.rev, Type: mvccpb.Event_PUT, Key: frame.Key(), KV: frame, born: w.create == w.rev}
 		if w.deleted {
 			events[i].Type = mvccpb.Event_DELETE
 		}

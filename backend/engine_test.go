@@ -206,7 +206,7 @@ func compareWithModel(t *testing.T, db *DB, m *model, rnd *rand.Rand) {
 		t.Fatalf("at revision %d compacted %d, want %d and %d", v.Revision(), v.compact, m.rev, m.compact)
 	}
 	rev := max(m.compact, 1) + rnd.Int64N(m.rev-max(m.compact, 1)+1)
-	for _, rev := range []int64{m.rev, rev, max(m.compact, 1)} {
+	for _, rev := range []int64{m.rev, rev, max(m.compact, 1), max(m.compact, m.rev-5, 1)} {
 		want := m.sorted("k", "l", rev)
 		got, err := v.Range(t.Context(), &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l"), Revision: rev})
 		if err != nil {

@@ -14,6 +14,8 @@ type Event struct {
 	Type mvccpb.Event_EventType
 	Key  []byte
 	KV   Frame // a DELETE has key and mod_revision only, as in etcd
+
+	born bool // a PUT of a key that did not exist
 }
 
 // HistoryRequest asks for the events of whole revisions, From included, whose keys lie in
@@ -181,4 +183,30 @@ func (r *eventRing) read(h *historyPage) bool {
 	}
 	h.end()
 	return true
+}
+
+// liveChange returns by how many the keys of k that exist became more from revision after up to revision to. It is
+// not ok when the ring does not reach back so far, or more than limit events lie between the two.
+func (r *eventRing) liveChange(k keyRange, after, to int64, limit int) (delta int64, ok bool) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if after+1 < r.first {
+		return 0, false
+	}
+	from := sort.Search(len(r.events), func(i int) bool { return r.events[i].Rev > after })
+	for i := from; i < len(r.events) && r.events[i].Rev <= to; i++ {
+		if i-from >= limit {
+			return 0, false
+		}
+		e := &r.events[i]
+		deleted := e.Type == mvccpb.Event_DELETE
+		switch {
+		case !deleted && !e.born, !k.contains(e.Key):
+		case deleted:
+			delta--
+		default:
+			delta++
+		}
+	}
+	return delta, true
 }

@@ -46,6 +46,8 @@ type reader struct {
 	compact int64    // -1: never compacted
 	// row reads the Frame of a row whose value is not resident.
 	row func(ctx context.Context, id int64) (Frame, error)
+	// ring holds the newest events up to rev, for counting at revisions shortly before it; nil inside a batch.
+	ring *eventRing
 }
 
 // keyRange is etcd's key and range_end: no end is the one key, "\x00" is every key from key on.
@@ -119,12 +121,30 @@ func (rd *reader) visit(k keyRange, rev int64, down bool, fn func(key []byte, n 
 
 // count returns how many keys of k exist at rev.
 func (rd *reader) count(k keyRange, rev int64) int64 {
-	if rev == rd.rev && !k.single {
-		return rd.keys.countLive(k.from, k.end, k.unbounded)
+	if c, ok := rd.quickCount(k, rev); ok {
+		return c
 	}
 	var c int64
 	rd.visit(k, rev, false, func([]byte, uint32, *record) bool { c++; return true })
 	return c
+}
+
+// quickCount is count without walking the keys, where that is possible: the tree knows how many there are at the
+// newest revision, and the ring which ones have come and gone since rev.
+func (rd *reader) quickCount(k keyRange, rev int64) (c int64, ok bool) {
+	if k.single {
+		return 0, false
+	}
+	c = rd.keys.countLive(k.from, k.end, k.unbounded)
+	if rev == rd.rev {
+		return c, true
+	}
+	if rd.ring == nil {
+		return 0, false
+	}
+	// Looking at an event costs about as much as walking past a key.
+	since, ok := rd.ring.liveChange(k, rev, rd.rev, int(c)+64)
+	return c - since, ok
 }
 
 // frame returns the Frame of record n, from memory or from its row.
@@ -182,9 +202,14 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 			limit = int(req.Limit) + 1
 		}
 	}
-	// Only the newest revision has its count ready; for an older one the keys behind the limit are
-	// walked too.
-	countAlong := counted && (rev != rd.rev || k.single)
+	// Where the count is not to be had otherwise, the keys behind the limit are walked too.
+	var quick int64
+	countAlong := false
+	if counted {
+		var ok bool
+		quick, ok = rd.quickCount(k, rev)
+		countAlong = !ok
+	}
 
 	var all []found
 	seen := 0
@@ -220,7 +245,7 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 	case countAlong:
 		res.Count = int64(seen)
 	case counted:
-		res.Count = rd.count(k, rev)
+		res.Count = quick
 	}
 	order.sort(all, keysOnly)
 	if req.Limit > 0 && int64(len(all)) > req.Limit {

@@ -60,7 +60,7 @@ func (v *View) Range(ctx context.Context, req *pb.RangeRequest) (*RangeResult, e
 	return v.rangeKeys(ctx, req, true)
 }
 
-// Page is Range without a Count: at a revision that is not the newest, counting walks every key behind the limit.
+// Page is Range without a Count: at a revision long past, counting walks every key behind the limit.
 func (v *View) Page(ctx context.Context, req *pb.RangeRequest) (*RangeResult, error) {
 	return v.rangeKeys(ctx, req, false)
 }
@@ -95,7 +95,7 @@ func (db *DB) publish() {
 
 // readerAt is a reader of committed state over a tree; its rows come from the reading connections.
 func (db *DB) readerAt(t *tree) reader {
-	return reader{index: db.index, keys: t, rev: db.st.rev, compact: db.st.compact, row: db.readRow}
+	return reader{index: db.index, keys: t, rev: db.st.rev, compact: db.st.compact, row: db.readRow, ring: &db.ring}
 }
 
 // reclaim frees what was retired with Views that nobody holds any more, oldest first.

@@ -79,9 +79,10 @@ func marshalProto(m proto.Message) (mem.BufferSlice, error) {
 }
 
 const (
-	// referenceFrom is the size from which a part is handed to grpc by reference. Below it copying is cheaper than
-	// one more entry in the list that grpc walks for every HTTP/2 frame.
-	referenceFrom = 4 << 10
+	// referenceFrom is the size from which a part is handed to grpc by reference: then an answer in flight costs the
+	// server a slice header for each value, whatever the values hold and however slowly the client reads. Below it
+	// copying is cheaper than one more entry in the list that grpc walks, and the list is as large as the copy.
+	referenceFrom = 256
 	// copyChunk bounds a pooled buffer: 32 KiB is a tier of grpc's pool, the next one is 1 MiB.
 	copyChunk = 32 << 10
 )
@@ -89,9 +90,11 @@ const (
 // gather appends parts to out: runs of small ones copied into pooled buffers, large ones by reference. The parts
 // must stay unchanged for as long as grpc holds out.
 func gather[B ~[]byte](out mem.BufferSlice, parts []B) mem.BufferSlice {
+	refs := make([]mem.SliceBuffer, len(parts)) // one allocation, pointed into
 	for i := 0; i < len(parts); {
 		if len(parts[i]) >= referenceFrom {
-			out = append(out, mem.SliceBuffer(parts[i]))
+			refs[i] = mem.SliceBuffer(parts[i])
+			out = append(out, &refs[i])
 			i++
 			continue
 		}

@@ -110,7 +110,7 @@ func TestLargeFramesGoOutByReferenceAndSmallOnesInFewBuffers(t *testing.T) {
 
 func TestPooledBuffersReturnOnlyAfterTheLastReference(t *testing.T) {
 	c := testCodec()
-	want := &pb.RangeResponse{Kvs: many(20, 1000)}
+	want := &pb.RangeResponse{Kvs: many(200, 100)}
 	r := &rangeResponse{}
 	for _, kv := range want.Kvs {
 		r.kvs = append(r.kvs, frameOf(kv))

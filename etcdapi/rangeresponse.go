@@ -27,6 +27,9 @@ const (
 	keyValueKey = 1 // mvccpb.KeyValue.key
 )
 
+// copyOne is the size up to which the value of a get is copied next to its header.
+const copyOne = 4 << 10
+
 // rangeResponse is a RangeResponse, or with stream a RangeStreamResponse around one, whose key-values are already
 // encoded. Its wire form is, byte for byte, what protobuf makes of the same message.
 //
@@ -75,11 +78,11 @@ func (r *rangeResponse) encode() mem.BufferSlice {
 	switch {
 	case len(r.kvs) == 0:
 		return mem.BufferSlice{mem.SliceBuffer(append(head, tail...))}
-	case len(r.kvs) == 1 && len(r.kvs[0]) < referenceFrom: // a get: one buffer
+	case len(r.kvs) == 1 && len(r.kvs[0]) < copyOne: // a get: one buffer
 		parts := [...]backend.Frame{head, r.kvs[0], tail}
 		return mem.BufferSlice{copied(parts[:], len(head)+len(r.kvs[0])+len(tail))}
 	}
-	out := make(mem.BufferSlice, 0, 8)
+	out := make(mem.BufferSlice, 0, len(r.kvs)+2)
 	if len(head) > 0 {
 		out = append(out, mem.SliceBuffer(head))
 	}
