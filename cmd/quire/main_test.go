@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
@@ -297,5 +299,39 @@ func TestMemoryTotalIsTheTightestLimit(t *testing.T) {
 	clear(files)
 	if got := memoryTotal(read); got != 0 {
 		t.Errorf("nothing known: %d, want 0", got)
+	}
+}
+
+func TestGarbagePilesUpInProportionToWhatIsWalked(t *testing.T) {
+	for _, x := range []struct {
+		live, resident int64
+		want           int
+	}{
+		{0, 0, gcPercent},
+		{100 << 20, 0, gcPercent},        // all of it is walked
+		{356 << 20, 256 << 20, 84},       // 300 MiB of garbage
+		{260 << 20, 256 << 20, 24},       // never less than the headroom
+		{8 << 20, 0, 800},                // which is much for a small heap
+		{100 << 30, 100 << 30, 10},       // never next to nothing
+		{300 << 20, 300<<20 + 1<<16, 21}, // the cache has grown meanwhile
+	} {
+		if got := percentFor(x.live, x.resident); got != x.want {
+			t.Errorf("%d MiB live, %d MiB resident: %d%%, want %d%%", x.live>>20, x.resident>>20, got, x.want)
+		}
+	}
+}
+
+func TestGCIsPacedAfterEachCollection(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(100))
+	asked := make(chan struct{}, 100)
+	stop := paceGC(func() int64 { asked <- struct{}{}; return 0 })
+	defer stop()
+	for range 3 {
+		runtime.GC()
+		select {
+		case <-asked:
+		case <-time.After(30 * time.Second):
+			t.Fatal("a collection went by unnoticed")
+		}
 	}
 }

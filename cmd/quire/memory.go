@@ -3,18 +3,54 @@ package main
 import (
 	"math"
 	"os"
+	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
+	"sync/atomic"
 )
 
 // Collecting garbage at the default of 100% costs a quarter of the CPU of a busy gRPC server. 300% is near the
-// optimum measured (docs/performance.md); the soft limit makes the collector work harder before the kernel
-// would kill the process.
+// optimum measured (docs/performance.md), of what the collector has to walk; the soft limit makes the collector
+// work harder before the kernel would kill the process.
 const (
 	gcPercent          = 300
+	gcHeadroom         = 64 << 20 // bytes; as much garbage may always pile up
 	memoryLimitPercent = 80
 )
+
+// paceGC sets the collector's percentage anew after each collection, so that the garbage that may pile up goes by
+// what costs time to collect: resident returns the bytes of the heap that do not, because they hold no pointers.
+// With a cache of 256 MiB a fixed percentage would let 768 MiB of garbage pile up on its account alone.
+// The pacing ends when stop is called.
+func paceGC(resident func() int64) (stop func()) {
+	var stopped atomic.Bool
+	var next func()
+	next = func() {
+		after := new([4]*byte) // dies with the next collection, which is how that is noticed
+		runtime.AddCleanup(after, func(struct{}) {
+			if stopped.Load() {
+				return
+			}
+			sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+			metrics.Read(sample)
+			debug.SetGCPercent(percentFor(int64(sample[0].Value.Uint64()), resident()))
+			next()
+		}, struct{}{})
+	}
+	next()
+	return func() { stopped.Store(true) }
+}
+
+// percentFor is GOGC for a live heap of that many bytes, of which resident need not be walked.
+func percentFor(live, resident int64) int {
+	if live <= 0 {
+		return gcPercent
+	}
+	headroom := max((live-resident)*gcPercent/100, gcHeadroom)
+	return int(min(max(100*headroom/live, 10), 10_000))
+}
 
 // tuneGC sets the garbage collector, except for what GOGC and GOMEMLIMIT in env decide. It returns the soft
 // limit in bytes, 0 when none was set.

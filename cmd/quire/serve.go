@@ -75,6 +75,9 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		}
 		lg.Info("closed the database", zap.String("storage", c.StoragePath))
 	}()
+	if lookupEnv(env, "GOGC") == "" {
+		defer paceGC(func() int64 { return db.Stats().ValueCacheBytes })()
+	}
 	stats := db.Stats()
 	lg.Info("opened the database", zap.String("storage", c.StoragePath), zap.Int64("revision", stats.Revision),
 		zap.Int64("compact-revision", stats.CompactRevision), zap.Int64("keys", stats.Keys), zap.Int("leases", stats.Leases),
