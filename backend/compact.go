@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -10,7 +11,10 @@ import (
 
 // Compaction has two halves. The Command moves the compaction revision, and from then on nothing older
 // can be asked for. The rows that nobody can see any more are removed behind it, in small steps that
-// run between batches (see queue): which rows those are is known from the records, without a scan.
+// run between batches (see queue): which rows those are is known from the records, without a scan. First all
+// of them leave memory; then they are deleted in the order in which they lie in the table, neighbours together:
+// a page that holds many of them is written once, not once for each. In that order a key's older rows also go
+// before its newer ones, so that after a crash no row is left whose tombstone is gone.
 //
 // What goes, when the store is compacted at C (etcd's key index does the same):
 //   - a revision that was superseded at or before C;
@@ -126,18 +130,25 @@ func (db *DB) compactOnce() error {
 	if err := db.waitForReaders(target); err != nil {
 		return err
 	}
-	var rows int64
-	for done := false; !done; {
-		took, err := db.step(func() error {
-			n, more, err := db.sweep(target)
-			rows, done = rows+int64(n), !more
-			return err
-		})
+	rest := resting{db: db}
+	for more := true; more; {
+		took, err := db.step(func() error { more = db.sweep(target); return nil })
 		if err != nil {
 			return err
 		}
-		// Half of the time belongs to others, whatever the disk.
-		if !done && !db.pause(min(took, 20*time.Millisecond)) {
+		if more && !rest.after(took) {
+			return db.ctx.Err()
+		}
+	}
+	// Only the steps of this goroutine touch it, and none is under way.
+	slices.Sort(db.st.garbage)
+	rows := int64(len(db.st.garbage))
+	for more := rows > 0; more; {
+		took, err := db.step(func() (err error) { more, err = db.deleteGarbage(); return err })
+		if err != nil {
+			return err
+		}
+		if more && !rest.after(took) {
 			return db.ctx.Err()
 		}
 	}
@@ -155,6 +166,7 @@ func (db *DB) compactOnce() error {
 
 // vacuum gives free pages back. It stops when there is a compaction to do, which will call it again.
 func (db *DB) vacuum() error {
+	rest := resting{db: db}
 	for done := false; !done && len(db.compactor.kick) == 0; {
 		took, err := db.step(func() error {
 			var err error
@@ -164,11 +176,28 @@ func (db *DB) vacuum() error {
 		if err != nil {
 			return err
 		}
-		if !done && !db.pause(min(took, 20*time.Millisecond)) {
+		if !done && !rest.after(took) {
 			return db.ctx.Err()
 		}
 	}
 	return nil
+}
+
+// resting leaves time to others between the steps of background work, whatever the disk: half of it while there are
+// writes, a fifth while there are none, and who reads does not wait for a step.
+type resting struct {
+	db  *DB
+	rev int64
+}
+
+// after a step that took so long; false when the database is being closed.
+func (r *resting) after(took time.Duration) bool {
+	rev := r.db.current.Load().rev
+	if rev == r.rev {
+		took /= 4
+	}
+	r.rev = rev
+	return r.db.pause(min(took, 20*time.Millisecond))
 }
 
 // step runs f under the commit token and says how long it took. An error is reported.
@@ -202,14 +231,13 @@ func (db *DB) waitForReaders(target int64) error {
 	}
 }
 
-// sweep takes the next records up to target out of memory, and deletes the next rows; more says whether
-// there is more to do. REQUIRES: the commit token; no View is held that is older than the compaction at
-// target.
-func (db *DB) sweep(target int64) (rows int, more bool, err error) {
+// sweep takes the next records up to target out of memory, and notes their rows as garbage; more says whether there is
+// more to do. REQUIRES: the commit token; no View is held that is older than the compaction at target.
+func (db *DB) sweep(target int64) (more bool) {
 	st := &db.st
 	treeChanged := false
 	n := 0
-	room := func() bool { n++; return n <= sweepEntries && len(st.garbage) < deleteRows }
+	room := func() bool { n++; return n <= sweepEntries }
 	for len(st.waiting) > 0 && db.index.recs.at(st.waiting[0]).rev < target && room() {
 		treeChanged = db.sweepTombstone(st.waiting[0]) || treeChanged
 		st.waiting = st.waiting[1:]
@@ -237,15 +265,24 @@ func (db *DB) sweep(target int64) (rows int, more bool, err error) {
 	}
 	db.logical.Store(st.logical)
 
+	return db.sweepable(target)
+}
+
+// deleteGarbage deletes the next rows that nothing refers to any more; more says whether there are others.
+// REQUIRES: the commit token; the garbage is sorted.
+func (db *DB) deleteGarbage() (more bool, err error) {
+	st := &db.st
 	ids := st.garbage[:min(len(st.garbage), deleteRows)]
 	if len(ids) > 0 {
 		if err := db.log.deleteRows(ids); err != nil {
-			return 0, true, err
+			return true, err
 		}
-		rows = len(ids)
-		st.garbage = st.garbage[rows:]
+		st.garbage = st.garbage[len(ids):]
 	}
-	return rows, len(st.garbage) > 0 || db.sweepable(target), nil
+	if len(st.garbage) == 0 {
+		st.garbage = nil // it may have been large
+	}
+	return st.garbage != nil, nil
 }
 
 // sweepable says whether records up to target are left.
