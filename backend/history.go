@@ -69,6 +69,15 @@ func (db *DB) History(ctx context.Context, req HistoryRequest) (HistoryResult, e
 	return h.result(), nil
 }
 
+// Recent is History that never waits for storage: it is not ok when From is no longer in memory.
+func (db *DB) Recent(req HistoryRequest) (res HistoryResult, ok bool) {
+	h := &historyPage{req: req, k: newKeyRange(req.Key, req.RangeEnd), head: db.current.Load().rev, next: req.From}
+	if !db.ring.read(h) {
+		return HistoryResult{}, false
+	}
+	return h.result(), true
+}
+
 // historyPage collects one answer.
 type historyPage struct {
 	req    HistoryRequest

@@ -137,12 +137,7 @@ func Start(src Source, o Options) *Poller {
 	p.mu.streams = make(map[*stream]struct{})
 	p.mu.asking = make(map[*stream]struct{})
 	p.mu.next = src.Revision() + 1
-	p.unsubscribe = src.Subscribe(func(int64) {
-		// A watcher counts before it reads the revision it starts from: if it is missed here, it starts behind us.
-		if p.watches.Load() > 0 {
-			p.wake.ring()
-		}
-	})
+	p.unsubscribe = src.Subscribe(p.told)
 	p.wg.Add(2)
 	go p.follow()
 	go p.catchUp()
@@ -158,6 +153,41 @@ func (p *Poller) Close() {
 	p.cancel()
 	p.unsubscribe()
 	p.wg.Wait()
+}
+
+// directWork bounds what told does itself, in new revisions times synced watchers.
+const directWork = 16 << 10
+
+// told is called by whoever has committed revisions up to rev, before their writers are answered. If there is little to
+// do it queues the events at once, which spares the way over follow: an event is often there before its writer's answer.
+func (p *Poller) told(rev int64) {
+	// A watcher counts before it reads the revision it starts from: if it is missed here, it starts behind us.
+	if p.watches.Load() > 0 && !p.direct(rev) {
+		p.wake.ring()
+	}
+}
+
+// direct is a short advance; false when follow has to do it.
+func (p *Poller) direct(rev int64) bool {
+	if !p.mu.TryLock() {
+		return false
+	}
+	defer p.mu.Unlock()
+	from := p.mu.next
+	if p.mu.synced.empty() || from > rev || (rev-from+1)*int64(p.mu.synced.size) > directWork {
+		return false
+	}
+	key, end := everything.request()
+	res, ok := p.src.Recent(backend.HistoryRequest{
+		From: from, Key: key, RangeEnd: end, MaxEvents: followEvents, MaxBytes: followBytes,
+	})
+	if !ok || res.Next <= from {
+		return false
+	}
+	p.distribute(res.Events)
+	p.mu.next = res.Next
+	p.answerAsking()
+	return res.Next > res.Head
 }
 
 var everything = keyRange{key: []byte{0}, end: []byte{}}

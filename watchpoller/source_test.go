@@ -169,6 +169,20 @@ func (m *memSource) History(ctx context.Context, req backend.HistoryRequest) (ba
 	return res, nil
 }
 
+// recentRevs is how many revisions the source has in memory: so few that both ways are gone in every test.
+const recentRevs = 3
+
+func (m *memSource) Recent(req backend.HistoryRequest) (backend.HistoryResult, bool) {
+	m.mu.Lock()
+	refused := m.held != nil || m.failing != nil || req.From <= m.rev-recentRevs
+	m.mu.Unlock()
+	if refused {
+		return backend.HistoryResult{}, false
+	}
+	res, err := m.History(context.Background(), req)
+	return res, err == nil
+}
+
 func (m *memSource) PrevKV(ctx context.Context, key []byte, rev int64) (backend.Frame, error) {
 	if err := m.wait(ctx); err != nil {
 		return nil, err

@@ -11,9 +11,12 @@ import (
 type Source interface {
 	// History returns whole revisions of a range, oldest first. It may block on storage.
 	History(ctx context.Context, req backend.HistoryRequest) (backend.HistoryResult, error)
+	// Recent is History from memory, without waiting: not ok when From is no longer there.
+	Recent(req backend.HistoryRequest) (res backend.HistoryResult, ok bool)
 	// PrevKV returns what key held just before rev; nil when that is nothing or compacted. It may block on storage.
 	PrevKV(ctx context.Context, key []byte, rev int64) (backend.Frame, error)
-	// Subscribe has f called after each batch that raised Revision or CompactRevision. Calls may be merged.
+	// Subscribe has f called after each batch that raised Revision or CompactRevision. Calls may be merged. f does
+	// not block.
 	Subscribe(f func(rev int64)) (cancel func())
 	// Revision is the newest revision that History can return. It is raised before the subscribers are called,
 	// and does not block: it is called with the poller's lock held. So is CompactRevision.
