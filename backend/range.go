@@ -156,8 +156,7 @@ func (rd *reader) frame(ctx context.Context, n uint32, r *record) (Frame, error)
 	if err != nil {
 		return nil, fmt.Errorf("reading the value of revision %d: %w", r.rev, err)
 	}
-	rd.index.vals.fill(n, f)
-	return f, nil
+	return rd.index.vals.fill(n, f), nil
 }
 
 // revision resolves a request's revision against the state (0 and less: the newest).
@@ -172,6 +171,9 @@ func (rd *reader) revision(rev int64) (int64, error) {
 	}
 	return rev, nil
 }
+
+// maxRoomAhead bounds the keys for which an answer makes room before it has found them.
+const maxRoomAhead = 64 << 10
 
 // contextEvery is how many keys are read between two looks at the request's context.
 const contextEvery = 256
@@ -210,7 +212,11 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 		quick, ok = rd.quickCount(k, rev)
 		countAlong = !ok
 	}
-
+	// In key order the Frames go straight into the answer; else what is found has to be sorted first.
+	direct := order.byKey() && !req.KeysOnly
+	if direct && quick > 0 {
+		res.KVs = make([]Frame, 0, min(int64(limit), quick, maxRoomAhead))
+	}
 	var all []found
 	seen := 0
 	rd.visit(k, rev, order == keyDescending, func(key []byte, n uint32, r *record) bool {
@@ -219,7 +225,7 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 			err = ctx.Err()
 			return false
 		}
-		if len(all) >= limit {
+		if len(all)+len(res.KVs) >= limit {
 			res.More = true
 			return countAlong
 		}
@@ -227,15 +233,16 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 			return true
 		}
 		f := found{n: n, r: r}
-		switch {
-		case keysOnly:
+		if keysOnly {
 			f.key = append([]byte(nil), key...)
-		default:
-			if f.frame, err = rd.frame(ctx, n, r); err != nil {
-				return false
-			}
+		} else if f.frame, err = rd.frame(ctx, n, r); err != nil {
+			return false
 		}
-		all = append(all, f)
+		if direct {
+			res.KVs = append(res.KVs, f.frame)
+		} else {
+			all = append(all, f)
+		}
 		return true
 	})
 	if err != nil {
@@ -246,6 +253,12 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 		res.Count = int64(seen)
 	case counted:
 		res.Count = quick
+	}
+	if direct {
+		if req.Limit > 0 && int64(len(res.KVs)) > req.Limit {
+			res.KVs, res.More = res.KVs[:req.Limit], true
+		}
+		return res, nil
 	}
 	order.sort(all, keysOnly)
 	if req.Limit > 0 && int64(len(all)) > req.Limit {

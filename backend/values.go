@@ -92,21 +92,26 @@ func (v *values) add(rec uint32, kv *keyValue) Frame {
 	return f
 }
 
-// fill makes a Frame that was read from SQL resident, unless another reader was first.
-func (v *values) fill(rec uint32, f Frame) {
+// fill makes a Frame that was read from SQL resident, unless another reader was first, and returns the resident one:
+// so a hundred readers of the same value hold it once.
+func (v *values) fill(rec uint32, f Frame) Frame {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	r := v.recs.at(rec)
 	if r.val.Load()&^stale != 0 {
-		return
+		if there := v.get(r); there != nil {
+			return there
+		}
+		return f
 	}
 	buf, h := v.room(rec, len(f))
-	_ = append(buf, f...)
+	filled := Frame(append(buf, f...))
 	if !r.val.CompareAndSwap(0, h) {
 		// Superseded meanwhile: the mark is kept, so the Frame does not count as live.
 		r.val.Store(h | stale)
 		v.slabOf(h).live.Add(-int64(len(f)))
 	}
+	return filled
 }
 
 // supersede says that r is no longer the newest of its key.
