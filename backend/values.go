@@ -164,7 +164,7 @@ func (v *values) room(rec uint32, n int) (buf []byte, handle uint64) {
 func (v *values) newSlab(size int) *slab {
 	var rescued []slabEntry
 	var from *slab
-	for v.used > 0 && v.used+int64(size) > v.budget {
+	for limit := v.limit(); v.used > 0 && v.used+int64(size) > limit; {
 		victim := v.victim()
 		if victim == nil {
 			break
@@ -185,6 +185,21 @@ func (v *values) newSlab(size int) *slab {
 		v.rescue(from, rescued, s)
 	}
 	return s
+}
+
+// keepSuperseded is how many bytes of superseded Frames may stay beside as many as there are newest ones: whoever reads
+// a little in the past (a watcher's prev_kv, a list that goes on at its revision) finds them there.
+const keepSuperseded = 32 << 20
+
+// limit is the budget, or less when it would be filled with superseded Frames.
+func (v *values) limit() int64 {
+	live := int64(0)
+	for i := range *v.table.Load() {
+		if s := (*v.table.Load())[i].Load(); s != nil {
+			live += s.live.Load()
+		}
+	}
+	return min(v.budget, 2*live+keepSuperseded)
 }
 
 // rescue copies the live Frames of a slab that is leaving into s.

@@ -174,6 +174,31 @@ func TestSupersededValuesMakeRoom(t *testing.T) {
 	}
 }
 
+// TestSupersededValuesDoNotFillTheBudget: values that are written over again and again leave room in memory, but for
+// the newest of them.
+func TestSupersededValuesDoNotFillTheBudget(t *testing.T) {
+	recs := newRecords()
+	v := newValues(recs, 256<<20)
+	last := map[int]uint32{}
+	for i := range 100_000 {
+		rec := recs.alloc()
+		v.add(rec, testValue(i, 2000))
+		if old, ok := last[i%100]; ok {
+			v.supersede(recs.at(old))
+		}
+		last[i%100] = rec
+	}
+	if used := v.bytes(); used < keepSuperseded-slabBytes || used > keepSuperseded+2*slabBytes {
+		t.Errorf("200 MB of values, 200 kB of them the newest, take %d MiB", used>>20)
+	}
+	for i, rec := range last {
+		if v.get(recs.at(rec)) == nil {
+			t.Errorf("the newest value of key %d is not in memory", i)
+		}
+	}
+	mustBeSound(t, v)
+}
+
 func TestALargeValueBesideRescuedOnes(t *testing.T) {
 	recs := newRecords()
 	v := newValues(recs, 2*slabBytes)
