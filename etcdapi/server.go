@@ -140,6 +140,11 @@ const (
 	// times on the way to the backend, which was a tenth of the CPU of a busy server. Beyond this number, requests
 	// get goroutines of their own.
 	streamWorkers = 256
+	// Fixed windows, in bytes, for what clients send. With grpc's growing ones the server sends a PING along with
+	// nearly every request to measure the line, and the client an answer: that took a quarter of the time in which
+	// an event reaches a thousand watchers. A stream's window holds most requests.
+	streamWindow = 1 << 20
+	connWindow   = 4 << 20
 )
 
 // Server holds the services. Make one with New.
@@ -207,6 +212,8 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 		// Once Stop has returned the backend may be closed: no handler may be left that uses it.
 		grpc.WaitForHandlers(true),
 		grpc.NumStreamWorkers(streamWorkers),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
 	}
 	k := s.opts.Keepalive
 	if k.MinTime > 0 {
