@@ -190,20 +190,22 @@ func (db *DB) commitLoop() {
 	}
 }
 
-// gatherFor bounds how long a commit is put off for the sake of those who are about to write. It is a
-// fraction of what the commit itself takes.
+// gatherFor is how long a commit is put off for the sake of those who are about to write: a fraction of what the
+// commit itself takes. On an idle machine the Go runtime may make a millisecond of it.
 const gatherFor = 50 * time.Microsecond
 
 // gather waits for the writes that are on their way, while many write: a commit costs the same for one as for
 // fifty, and the clients that the last batch answered come back together. It lets the goroutines go first that
 // are ready to run, as long as that makes the queue longer, and sleeps once if it is still short.
 func (q *queue) gather() {
-	for n, slept := 0, false; ; {
-		runtime.Gosched()
+	for n, slept := 0, false; ; runtime.Gosched() {
 		q.mu.Lock()
-		now, enough := len(q.items), q.recent/2
+		now, recent := len(q.items), q.recent
 		q.mu.Unlock()
+		enough := recent / 2
 		switch {
+		case recent <= fewWriters:
+			return
 		case now > n:
 			n = now
 		case now == 0 || now >= enough || slept:

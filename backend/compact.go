@@ -27,9 +27,10 @@ import (
 //	b: 3 put, 5 delete       -> 3 goes; the tombstone 5 stays until the next compaction
 //	c: 2 put, 3 delete       -> both go, and the key with them
 const (
-	sweepEntries = 1024 // records that one step looks at
-	deleteRows   = 256  // rows that one step deletes; under a millisecond
-	vacuumPages  = 64   // pages that one step gives back; about a millisecond
+	sweepEntries  = 1024 // records that one step looks at
+	tombstoneWork = 4    // records that are as much work as taking a key out of the tree
+	deleteRows    = 256  // rows that one step deletes; under a millisecond
+	vacuumPages   = 64   // pages that one step gives back; about a millisecond
 )
 
 // Free pages are kept for reuse up to this: giving every page back only to ask for it again would be
@@ -240,6 +241,7 @@ func (db *DB) sweep(target int64) (more bool) {
 	room := func() bool { n++; return n <= sweepEntries }
 	for len(st.waiting) > 0 && db.index.recs.at(st.waiting[0]).rev < target && room() {
 		treeChanged = db.sweepTombstone(st.waiting[0]) || treeChanged
+		n += tombstoneWork
 		st.waiting = st.waiting[1:]
 	}
 	for st.log.len() > 0 && room() {
@@ -258,6 +260,7 @@ func (db *DB) sweep(target int64) (more bool) {
 			st.waiting = append(st.waiting, rec)
 		default:
 			treeChanged = db.sweepTombstone(rec) || treeChanged
+			n += tombstoneWork
 		}
 	}
 	if treeChanged {

@@ -175,14 +175,13 @@ func (r *eventRing) add(events []Event) {
 
 // read answers a page from memory; false when its start is no longer there.
 func (r *eventRing) read(h *historyPage) bool {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	if h.req.From < r.first {
+	events, first := r.snapshot()
+	if h.req.From < first {
 		return false
 	}
-	i := sort.Search(len(r.events), func(i int) bool { return r.events[i].Rev >= h.req.From })
-	for ; i < len(r.events); i++ {
-		e := &r.events[i]
+	i := sort.Search(len(events), func(i int) bool { return events[i].Rev >= h.req.From })
+	for ; i < len(events); i++ {
+		e := &events[i]
 		if !h.wants(e.Rev) {
 			return true
 		}
@@ -194,20 +193,27 @@ func (r *eventRing) read(h *historyPage) bool {
 	return true
 }
 
+// snapshot returns the events there are, and the revision from which on they are complete. Events are only ever appended,
+// and leave with the whole array, so what it returns does not change.
+func (r *eventRing) snapshot() (events []Event, first int64) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.events, r.first
+}
+
 // liveChange returns by how many the keys of k that exist became more from revision after up to revision to. It is
 // not ok when the ring does not reach back so far, or more than limit events lie between the two.
 func (r *eventRing) liveChange(k keyRange, after, to int64, limit int) (delta int64, ok bool) {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	if after+1 < r.first {
+	events, first := r.snapshot()
+	if after+1 < first {
 		return 0, false
 	}
-	from := sort.Search(len(r.events), func(i int) bool { return r.events[i].Rev > after })
-	for i := from; i < len(r.events) && r.events[i].Rev <= to; i++ {
+	from := sort.Search(len(events), func(i int) bool { return events[i].Rev > after })
+	for i := from; i < len(events) && events[i].Rev <= to; i++ {
 		if i-from >= limit {
 			return 0, false
 		}
-		e := &r.events[i]
+		e := &events[i]
 		deleted := e.Type == mvccpb.Event_DELETE
 		switch {
 		case !deleted && !e.born, !k.contains(e.Key):

@@ -46,7 +46,7 @@ type reader struct {
 	compact int64    // -1: never compacted
 	// row reads the Frame of a row whose value is not resident.
 	row func(ctx context.Context, id int64) (Frame, error)
-	// ring holds the newest events up to rev, for counting at revisions shortly before it; nil inside a batch.
+	// ring holds the newest events, those up to rev and maybe later ones, for counting at revisions shortly before it; nil inside a batch.
 	ring *eventRing
 }
 
@@ -214,7 +214,7 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 	}
 	// In key order the Frames go straight into the answer; else what is found has to be sorted first.
 	direct := order.byKey() && !req.KeysOnly
-	if direct && quick > 0 {
+	if direct && !filtered && quick > 0 {
 		res.KVs = make([]Frame, 0, min(int64(limit), quick, maxRoomAhead))
 	}
 	var all []found

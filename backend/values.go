@@ -164,7 +164,14 @@ func (v *values) room(rec uint32, n int) (buf []byte, handle uint64) {
 func (v *values) newSlab(size int) *slab {
 	var rescued []slabEntry
 	var from *slab
+	soft := 2 // it shrinks in small steps: a slab has thousands of Frames to forget
 	for limit := v.limit(); v.used > 0 && v.used+int64(size) > limit; {
+		if v.used+int64(size) <= v.budget {
+			if soft == 0 {
+				break
+			}
+			soft--
+		}
 		victim := v.victim()
 		if victim == nil {
 			break
@@ -191,7 +198,8 @@ func (v *values) newSlab(size int) *slab {
 // a little in the past (a watcher's prev_kv, a list that goes on at its revision) finds them there.
 const keepSuperseded = 32 << 20
 
-// limit is the budget, or less when it would be filled with superseded Frames.
+// limit is the budget, or less when it would be filled with superseded Frames. To get there newest ones that lie among
+// them may leave too.
 func (v *values) limit() int64 {
 	live := int64(0)
 	for i := range *v.table.Load() {

@@ -2,6 +2,7 @@ package etcdapi
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/encoding"
@@ -80,8 +81,10 @@ func marshalProto(m proto.Message) (mem.BufferSlice, error) {
 
 const (
 	// referenceFrom is the size from which a part is handed to grpc by reference: then an answer in flight costs the
-	// server a slice header for each value, whatever the values hold and however slowly the client reads. Below it
-	// copying is cheaper than one more entry in the list that grpc walks, and the list is as large as the copy.
+	// server a slice header for each value, and any number of answers share the values in the cache. A client that
+	// does not read keeps the slabs its answer lies in, also those that leave the cache meanwhile: at worst a whole
+	// slab for each value. Below this size copying is cheaper than one more entry in the list that grpc walks, and
+	// the list is as large as the copy.
 	referenceFrom = 256
 	// copyChunk bounds a pooled buffer: 32 KiB is a tier of grpc's pool, the next one is 1 MiB.
 	copyChunk = 32 << 10
@@ -90,11 +93,18 @@ const (
 // gather appends parts to out: runs of small ones copied into pooled buffers, large ones by reference. The parts
 // must stay unchanged for as long as grpc holds out.
 func gather[B ~[]byte](out mem.BufferSlice, parts []B) mem.BufferSlice {
-	refs := make([]mem.SliceBuffer, len(parts)) // one allocation, pointed into
+	large := 0
+	for _, p := range parts {
+		if len(p) >= referenceFrom {
+			large++
+		}
+	}
+	refs := make([]mem.SliceBuffer, 0, large) // one allocation, pointed into
+	out = slices.Grow(out, large+8)
 	for i := 0; i < len(parts); {
 		if len(parts[i]) >= referenceFrom {
-			refs[i] = mem.SliceBuffer(parts[i])
-			out = append(out, &refs[i])
+			refs = append(refs, mem.SliceBuffer(parts[i]))
+			out = append(out, &refs[len(refs)-1])
 			i++
 			continue
 		}

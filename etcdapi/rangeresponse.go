@@ -82,7 +82,7 @@ func (r *rangeResponse) encode() mem.BufferSlice {
 		parts := [...]backend.Frame{head, r.kvs[0], tail}
 		return mem.BufferSlice{copied(parts[:], len(head)+len(r.kvs[0])+len(tail))}
 	}
-	out := make(mem.BufferSlice, 0, len(r.kvs)+2)
+	var out mem.BufferSlice
 	if len(head) > 0 {
 		out = append(out, mem.SliceBuffer(head))
 	}

@@ -137,8 +137,8 @@ const (
 	// large is answered with "request is too large" instead of grpc's own refusal.
 	grpcOverheadBytes = 512 * 1024
 	// streamWorkers is how many goroutines are kept for requests. A new one for each request grows its stack three
-	// times on the way to the backend, which was a tenth of the CPU of a busy server. Beyond this number, requests
-	// get goroutines of their own.
+	// times on the way to the backend, which was a tenth of the CPU of a busy server. Streams take them too, for as long
+	// as they are open; requests beyond this number get goroutines of their own.
 	streamWorkers = 256
 	// Fixed windows, in bytes, for what clients send. With grpc's growing ones the server sends a PING along with
 	// nearly every request to measure the line, and the client an answer: that took a quarter of the time in which

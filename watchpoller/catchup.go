@@ -37,10 +37,10 @@ type scan struct {
 func (p *Poller) catchUp() {
 	defer p.wg.Done()
 	var again retry
-	yield := yielding{rev: p.src.Revision(), at: time.Now()}
+	yield := yielding{rev: p.src.Revision(), at: time.Now(), most: maxRest}
 	for {
 		start := time.Now()
-		more, err := p.catchUpOnce()
+		more, gained, err := p.catchUpOnce()
 		switch {
 		case p.ctx.Err() != nil:
 			return
@@ -53,7 +53,7 @@ func (p *Poller) catchUp() {
 		}
 		again.succeeded()
 		if more {
-			yield.after(p.ctx, start, p.src.Revision())
+			yield.after(p.ctx, start, p.src.Revision(), gained)
 			continue
 		}
 		p.scan.forget()
@@ -67,7 +67,9 @@ func (p *Poller) catchUp() {
 
 // Reading history gives way to writing: after a round the reader rests for a multiple of the round, by the rate at
 // which revisions are written. Sending what a round brings costs several times the round itself; beside writers that
-// never stop, this keeps their p99 within twice its quiet value on two cores (docs/performance.md).
+// never stop, this keeps their p99 within twice its quiet value on two cores (docs/performance.md). It rests less when
+// what it gains is not clearly more than what is written, and not at all when it has read to the end: else it might never
+// arrive.
 const (
 	restPerRate = 4                      // rounds of rest for each revision a millisecond
 	maxRest     = 16                     // rounds
@@ -76,16 +78,26 @@ const (
 
 // A yielding is what catchUp knows of the writes beside it.
 type yielding struct {
-	rev int64
-	at  time.Time
+	rev  int64
+	at   time.Time
+	most float64 // rounds that it may rest at present
 }
 
-// after rests after a round that began at start.
-func (y *yielding) after(ctx context.Context, start time.Time, rev int64) {
+// after rests after a round that began at start and came so many revisions further; 0: to the end.
+func (y *yielding) after(ctx context.Context, start time.Time, rev, gained int64) {
 	now := time.Now()
-	rate := float64(rev-y.rev) / max(1, float64(now.Sub(y.at))/float64(time.Millisecond))
+	written := rev - y.rev
+	rate := float64(written) / max(1, float64(now.Sub(y.at))/float64(time.Millisecond))
 	y.rev, y.at = rev, now
-	rest := min(time.Duration(min(restPerRate*rate, maxRest)*float64(now.Sub(start))), maxRestTime)
+	if gained == 0 {
+		return
+	}
+	if gained < written+written/4 {
+		y.most /= 2
+	} else {
+		y.most = min(max(2*y.most, 1), maxRest)
+	}
+	rest := min(time.Duration(min(restPerRate*rate, y.most)*float64(now.Sub(start))), maxRestTime)
 	if rest <= 0 {
 		return
 	}
@@ -97,12 +109,13 @@ func (y *yielding) after(ctx context.Context, start time.Time, rev int64) {
 	}
 }
 
-// catchUpOnce reads one piece of history. It reports whether a lagging watcher could take more.
-func (p *Poller) catchUpOnce() (more bool, err error) {
+// catchUpOnce reads one piece of history. It reports whether a lagging watcher could take more, and how many revisions
+// it came further; 0 when it came to the end.
+func (p *Poller) catchUpOnce() (more bool, gained int64, err error) {
 	sc := &p.scan
 	from, ok := p.pick()
 	if !ok {
-		return false, nil
+		return false, 0, nil
 	}
 	g := sc.index()
 	hull := sc.picks[0].rng
@@ -122,14 +135,14 @@ func (p *Poller) catchUpOnce() (more bool, err error) {
 	switch {
 	case errors.As(err, &compacted):
 		if compacted.CompactRevision <= from {
-			return false, fmt.Errorf("read history from revision %d on: %w", from, err)
+			return false, 0, fmt.Errorf("read history from revision %d on: %w", from, err)
 		}
 		p.cancelOvertaken(compacted.CompactRevision)
-		return true, nil
+		return true, 0, nil
 	case err != nil:
-		return false, fmt.Errorf("read history from revision %d on: %w", from, err)
+		return false, 0, fmt.Errorf("read history from revision %d on: %w", from, err)
 	case res.Next <= from && from <= res.Head:
-		return false, fmt.Errorf("read history from revision %d on: there is none, but the store is at %d", from, res.Head)
+		return false, 0, fmt.Errorf("read history from revision %d on: there is none, but the store is at %d", from, res.Head)
 	}
 
 	d := &sc.delivery
@@ -154,7 +167,10 @@ func (p *Poller) catchUpOnce() (more bool, err error) {
 	clear(sc.matched)
 	d.flush(res.Head)
 	p.handOver(res)
-	return true, nil
+	if res.Next > res.Head {
+		return true, 0, nil
+	}
+	return true, res.Next - from, nil
 }
 
 // pick chooses the lagging watchers of the next round, and the revision to read from. The one that has waited

@@ -5,8 +5,8 @@ import "github.com/quire-db/quire/backend"
 // A delivery collects what one read of rows yields, and queues it with one lock per stream. It also decides where a
 // full stream stops: at a revision, never inside one.
 //
-// It and the fields of watcher that it uses belong to whoever owns the watcher: follow for a synced one, catchUp for
-// a lagging one.
+// It and the fields of watcher that it uses belong to whoever owns the watcher: whoever holds Poller.mu for a synced one,
+// catchUp for a lagging one.
 type delivery struct {
 	room    func(*stream) int
 	shares  map[*stream]*share

@@ -431,3 +431,51 @@ func TestPollIntervalFindsWhatNobodyTold(t *testing.T) {
 		src.mu.Unlock()
 	})
 }
+
+// TestWhoeverCommitsQueuesTheEvents: few new events in memory are queued by the hint itself; more, or events that are not
+// in memory any more, are left to follow. Nothing is lost or doubled in any mixture.
+func TestWhoeverCommitsQueuesTheEvents(t *testing.T) {
+	within(t, Options{}, func(t *testing.T, src *memSource, p *Poller) {
+		c := connect(p, nil)
+		defer c.stop()
+		c.create(&pb.WatchCreateRequest{Key: []byte("k")})
+		synctest.Wait()
+		src.mu.Lock()
+		subs := src.subs
+		src.subs = nil // so that follow is not told
+		src.mu.Unlock()
+		defer func() {
+			src.mu.Lock()
+			src.subs = subs
+			src.mu.Unlock()
+		}()
+		delivered := func(what string, want int) {
+			t.Helper()
+			synctest.Wait()
+			if n := len(events(c.taken())); n != want {
+				t.Fatalf("%s: %d events, want %d", what, n, want)
+			}
+		}
+		if !p.direct(src.put("k", "1")) {
+			t.Fatal("one event in memory was left to follow")
+		}
+		delivered("directly", 1)
+		if p.direct(src.Revision()) {
+			t.Error("there was nothing to do, and it was done")
+		}
+		delivered("again", 0)
+		src.hold() // storage does not answer, and nothing is in memory
+		if p.direct(src.put("k", "2")) {
+			t.Error("events that are not in memory were queued")
+		}
+		src.release()
+		for range directWork {
+			src.put("k", "3")
+		}
+		if p.direct(src.Revision()) {
+			t.Error("more than directWork was done while a writer waited")
+		}
+		p.told(src.Revision())
+		delivered("by follow", 1+directWork)
+	})
+}

@@ -81,7 +81,8 @@ const (
 // A Poller turns committed rows into watch events. Make one with Start.
 //
 // Two goroutines read rows: follow, new ones for the watchers that have seen everything (synced), and catchUp, old
-// ones for the watchers that have not (lagging). See DESIGN.md.
+// ones for the watchers that have not (lagging). Where there is little to read, who commits does follow's work (direct).
+// See DESIGN.md.
 //
 // Lock order: Poller.mu, then stream.mu.
 type Poller struct {
@@ -110,8 +111,8 @@ type Poller struct {
 		asking  map[*stream]struct{} // streams with an unanswered progress request
 	}
 
-	scratch delivery   // of follow
-	matched []*watcher // of follow
+	scratch delivery   // of distribute, guarded by mu
+	matched []*watcher // likewise
 	scan    scan       // of catchUp
 }
 
@@ -155,8 +156,9 @@ func (p *Poller) Close() {
 	p.wg.Wait()
 }
 
-// directWork bounds what told does itself, in new revisions times synced watchers.
-const directWork = 16 << 10
+// directWork bounds what told does itself, in new events times synced watchers: some tenths of a millisecond in which
+// nobody is answered and nothing is committed.
+const directWork = 2 << 10
 
 // told is called by whoever has committed revisions up to rev, before their writers are answered. If there is little to
 // do it queues the events at once, which spares the way over follow: an event is often there before its writer's answer.
@@ -181,13 +183,19 @@ func (p *Poller) direct(rev int64) bool {
 	res, ok := p.src.Recent(backend.HistoryRequest{
 		From: from, Key: key, RangeEnd: end, MaxEvents: followEvents, MaxBytes: followBytes,
 	})
-	if !ok || res.Next <= from {
-		return false
+	if !ok || res.Next <= from || len(res.Events)*p.mu.synced.size > directWork {
+		return false // a revision may have any number of events
 	}
+	return !p.given(res)
+}
+
+// given queues what was read for the synced watchers, and reports whether there was more. REQUIRES: p.mu; the read began
+// at p.mu.next.
+func (p *Poller) given(res backend.HistoryResult) (more bool) {
 	p.distribute(res.Events)
 	p.mu.next = res.Next
 	p.answerAsking()
-	return res.Next > res.Head
+	return res.Next <= res.Head
 }
 
 var everything = keyRange{key: []byte{0}, end: []byte{}}
@@ -219,7 +227,7 @@ func (p *Poller) advance() (more bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.mu.next != from {
-		return true, nil // moved meanwhile, which happens when nobody was synced: what was read is nobody's
+		return true, nil // moved meanwhile: what was read is nobody's (nobody was synced), or was given already (direct)
 	}
 	if compacted != nil {
 		if compacted.CompactRevision <= from {
@@ -232,10 +240,7 @@ func (p *Poller) advance() (more bool, err error) {
 		return false, fmt.Errorf("read the rows from revision %d on: there are none, but the store is at %d",
 			from, p.src.Revision())
 	}
-	p.distribute(res.Events)
-	p.mu.next = res.Next
-	p.answerAsking()
-	return res.Next <= res.Head, nil
+	return p.given(res), nil
 }
 
 // skipUnwatched moves past rows that no synced watcher waits for. REQUIRES: p.mu; synced is empty.

@@ -25,7 +25,7 @@ const maxControls = 64
 type state uint8
 
 const (
-	synced  state = iota + 1 // in Poller.mu.synced; follow owns it
+	synced  state = iota + 1 // in Poller.mu.synced; who holds Poller.mu owns it
 	lagging                  // in Poller.mu.lagging; catchUp owns it
 	dead                     // canceled by compaction; only its id remains
 	gone                     // canceled by the client

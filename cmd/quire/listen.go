@@ -137,6 +137,7 @@ func clientHandler(api http.Handler, profiles bool) http.Handler {
 	mux.Handle("/debug/vars", expvar.Handler())
 	if profiles {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/block", blockProfile())
 		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)

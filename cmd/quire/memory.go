@@ -21,10 +21,9 @@ const (
 )
 
 // paceGC sets the collector's percentage anew after each collection, so that the garbage that may pile up goes by
-// what costs time to collect: resident returns the bytes of the heap that do not, because they hold no pointers.
-// With a cache of 256 MiB a fixed percentage would let 768 MiB of garbage pile up on its account alone.
-// The pacing ends when stop is called.
-func paceGC(resident func() int64) (stop func()) {
+// what costs time to collect: the part of the heap that holds pointers. Values and most of the index hold none: a fixed
+// percentage would let three times as much garbage pile up on their account alone. The pacing ends with stop.
+func paceGC() (stop func()) {
 	var stopped atomic.Bool
 	var next func()
 	next = func() {
@@ -33,9 +32,14 @@ func paceGC(resident func() int64) (stop func()) {
 			if stopped.Load() {
 				return
 			}
-			sample := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
-			metrics.Read(sample)
-			debug.SetGCPercent(percentFor(int64(sample[0].Value.Uint64()), resident()))
+			s := []metrics.Sample{
+				{Name: "/gc/heap/live:bytes"}, {Name: "/gc/scan/heap:bytes"},
+				{Name: "/gc/scan/stack:bytes"}, {Name: "/gc/scan/globals:bytes"},
+			}
+			metrics.Read(s)
+			// Stacks and globals are walked, and the runtime adds them to what it takes the percentage of.
+			roots := int64(s[2].Value.Uint64() + s[3].Value.Uint64())
+			debug.SetGCPercent(percentFor(int64(s[0].Value.Uint64())+roots, int64(s[1].Value.Uint64())+roots))
 			next()
 		}, struct{}{})
 	}
@@ -43,12 +47,12 @@ func paceGC(resident func() int64) (stop func()) {
 	return func() { stopped.Store(true) }
 }
 
-// percentFor is GOGC for a live heap of that many bytes, of which resident need not be walked.
-func percentFor(live, resident int64) int {
+// percentFor is GOGC for a live heap of that many bytes, of which scanned are walked.
+func percentFor(live, scanned int64) int {
 	if live <= 0 {
 		return gcPercent
 	}
-	headroom := max((live-resident)*gcPercent/100, gcHeadroom)
+	headroom := max(min(live, scanned)*gcPercent/100, gcHeadroom)
 	return int(min(max(100*headroom/live, 10), 10_000))
 }
 

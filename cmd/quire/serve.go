@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -31,6 +32,9 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	c.logNotes(lg)
 	id := newIdentity(c.Name, c.InitialCluster, c.InitialClusterToken, c.AdvertisePeerURLs)
 	limit := tuneGC(env)
+	if lookupEnv(env, "GOGC") == "" {
+		defer paceGC()()
+	}
 	logStart(lg, c, id, limit)
 	if err := checkDataDir(c); err != nil {
 		return err
@@ -75,9 +79,6 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		}
 		lg.Info("closed the database", zap.String("storage", c.StoragePath))
 	}()
-	if lookupEnv(env, "GOGC") == "" {
-		defer paceGC(func() int64 { return db.Stats().ValueCacheBytes })()
-	}
 	stats := db.Stats()
 	lg.Info("opened the database", zap.String("storage", c.StoragePath), zap.Int64("revision", stats.Revision),
 		zap.Int64("compact-revision", stats.CompactRevision), zap.Int64("keys", stats.Keys), zap.Int("leases", stats.Leases),
@@ -160,6 +161,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		zap.Strings("listen-metrics-urls", c.ListenMetricsURLs.Strings()),
 		zap.String("storage", c.StoragePath), zap.Duration("took", time.Since(started)))
 	tellSystemd(lg, env, "READY=1")
+	background.Go(debug.FreeOSMemory) // building the index needed more than keeping it
 
 	select {
 	case <-ctx.Done():
