@@ -172,11 +172,19 @@ verify: ## go.mod and go.sum of every module are tidy and whole, sources formatt
 
 .PHONY: bench
 bench: build $(PEERS)/etcd $(PEERS)/kine ## quire, etcd and kine side by side; writes docs/performance.md (ARGS='-only …')
-	cd test/load && $(GO) run ./bench $(ARGS)
+	cd test/load && $(GO) build -o $(BIN)/floor ./floor && $(GO) run ./bench $(ARGS)
 
 .PHONY: bench-quick
 bench-quick: build $(PEERS)/etcd $(PEERS)/kine
 	cd test/load && $(GO) run ./bench -quick
+
+.PHONY: bench-scale
+bench-scale: build $(PEERS)/etcd ## 1M keys with 3M revisions, then 20 GiB; writes docs/performance.md too (ARGS='-scale 20g')
+	cd test/load && $(GO) run ./bench -scale 1m,20g -seconds 10s $(ARGS)
+
+.PHONY: profile
+profile: build ## where quire's CPU, allocations and waits go; writes docs/performance.md too (ARGS='-seconds 30s')
+	cd test/load && $(GO) run ./bench -profile -servers quire -seconds 10s $(ARGS)
 
 .PHONY: bench-compare
 bench-compare: $(PEERS)/benchstat ## Go benchmarks of the work tree against BASE=HEAD, ten runs each (BENCH=. PKG=./...)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -28,8 +29,11 @@ type bed struct {
 	fresh int                // keys created so far by create: never the same again
 }
 
-// quota keeps etcd's default of 2 GiB from ending a run; quire takes the same flag.
-const quota = "--quota-backend-bytes=8589934592"
+// startLimit is how long a server may take until it serves.
+const startLimit = 10 * time.Minute
+
+// quotaFlag keeps etcd's default of 2 GiB from ending a run; quire takes the same flag.
+func (o *options) quotaFlag() string { return fmt.Sprintf("--quota-backend-bytes=%d", o.quota) }
 
 // kineFull is kine's own default data source with synchronous=FULL in the place of NORMAL.
 const kineFull = "sqlite://./db/state.db?_journal_mode=WAL&_busy_timeout=30000&_synchronous=FULL&_txlock=immediate&_stmt_cache_size=20&cache=shared"
@@ -47,10 +51,21 @@ func newBed(o *options, kind, scene string) (*bed, error) {
 			return nil, err
 		}
 	case "etcd", "quire":
-		b.spec.Flags = []string{quota}
+		b.spec.Flags = []string{o.quotaFlag()}
+	case floor:
+		b.spec.Kind = "etcd" // whose command line it takes
 	}
 	return b, nil
 }
+
+// floor is the server that does nothing (test/load/floor).
+const floor = "floor"
+
+// floorRows are the workloads that floor does. The others need what it has not: values, compares, history, leases, restarts.
+var floorRows = regexp.MustCompile(`^(put, \d+ clients?$|k8s |linearizable get|80 % get|watch, |idle with)`)
+
+// able: the server takes part in the workload.
+func able(kind string, w workload) bool { return kind != floor || floorRows.MatchString(w.name) }
 
 // isKine: the server knows only kube-apiserver's shapes of requests.
 func (b *bed) isKine() bool { return b.spec.Kind == "kine" }
@@ -67,7 +82,7 @@ func (b *bed) start(ctx context.Context) (time.Duration, error) {
 	if b.p, err = proc.Start(b.spec); err != nil {
 		return 0, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
 	first := time.Duration(0)
 	err = b.p.Wait(ctx, func(ctx context.Context) error {

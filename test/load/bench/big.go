@@ -92,7 +92,7 @@ func restart(ctx context.Context, b *bed) ([]float64, error) {
 	}
 	sleep(ctx, b.o.settle)
 	rss, err := b.p.RSS()
-	return []float64{took.Seconds(), float64(rss) / (1 << 20)}, err
+	return []float64{took.Seconds(), mebibytes(rss)}, err
 }
 
 // compaction starts from the saved database each time, so that there is always as much to drop.

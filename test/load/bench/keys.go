@@ -78,9 +78,9 @@ func create(ctx context.Context, w *worker, key []byte, size int) (rev int64, er
 	return revisionOf(w.answer)
 }
 
-// update writes key i of a set of which this worker is the only writer.
-func (s *keySet) update(ctx context.Context, w *worker, i int) error {
-	req, err := updateRequest(s.key(i), s.revs[i], s.size)
+// update writes one key whose revision is *rev, and sets that. REQUIRES: nobody else writes it.
+func update(ctx context.Context, w *worker, key []byte, rev *int64, size int) error {
+	req, err := updateRequest(key, *rev, size)
 	if err != nil {
 		return err
 	}
@@ -92,10 +92,15 @@ func (s *keySet) update(ctx context.Context, w *worker, i int) error {
 		return err
 	}
 	if !ok {
-		return fmt.Errorf("update of key %q at its own revision %d was refused", s.key(i), s.revs[i])
+		return fmt.Errorf("update of key %q at its own revision %d was refused", key, *rev)
 	}
-	s.revs[i], err = revisionOf(w.answer)
+	*rev, err = revisionOf(w.answer)
 	return err
+}
+
+// update writes key i of a set of which this worker is the only writer.
+func (s *keySet) update(ctx context.Context, w *worker, i int) error {
+	return update(ctx, w, s.key(i), &s.revs[i], s.size)
 }
 
 // load makes n keys with values of the given size, with the create that all servers know.

@@ -187,7 +187,7 @@ func memory(ctx context.Context, b *bed) ([]float64, error) {
 	}
 	sleep(ctx, b.o.settle)
 	listed, err := b.p.RSS()
-	return []float64{float64(first) / (1 << 20), float64(listed) / (1 << 20)}, err
+	return []float64{mebibytes(first), mebibytes(listed)}, err
 }
 
 // medianOf is the median of some values, which it sorts.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -82,15 +83,15 @@ func describe(ctx context.Context, o *options, kind string) (string, error) {
 		return "", err
 	}
 	if _, err := b.start(ctx); err != nil {
-		return "", err
+		return "", errors.Join(err, b.discard())
 	}
 	r := &pb.StatusResponse{}
 	err = callProto(ctx, b.conns[0], methodStatus, &pb.StatusRequest{}, r)
-	if err := b.discard(); err != nil {
-		return "", err
-	}
 	if err != nil {
-		return "", fmt.Errorf("asking for the version: %w", err)
+		err = fmt.Errorf("asking for the version: %w", err)
+	}
+	if err := errors.Join(err, b.discard()); err != nil {
+		return "", err
 	}
 	switch kind {
 	case "kine":
@@ -99,8 +100,8 @@ func describe(ctx context.Context, o *options, kind string) (string, error) {
 	case "kine-full":
 		return "kine-full: the same kine with `_synchronous=FULL`: each commit is synced, as etcd and quire do", nil
 	case "etcd":
-		return fmt.Sprintf("etcd: %s, every acknowledged write synced, no other settings than %s; its resident memory includes the mapped database file", r.Version, quota), nil
+		return fmt.Sprintf("etcd: %s, every acknowledged write synced, no other settings than %s; its resident memory includes the mapped database file", r.Version, o.quotaFlag()), nil
 	default:
-		return fmt.Sprintf("%s: %s, every acknowledged write synced, no other settings than %s", kind, r.Version, quota), nil
+		return fmt.Sprintf("%s: %s, every acknowledged write synced, no other settings than %s", kind, r.Version, o.quotaFlag()), nil
 	}
 }

@@ -15,8 +15,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/quire-db/quire/test/load/proc"
 )
@@ -30,6 +33,9 @@ type options struct {
 	settle   time.Duration // before a reading that needs a quiet server
 	conns    int           // connections that the clients share
 	divide   int           // sizes of data sets are divided by this
+	quota    int64         // in bytes, of etcd's and quire's database
+	profile  bool          // profile quire instead of measuring it
+	extents  []extent      // if there are any, scale is measured instead of the workloads
 	servers  []string
 	binaries map[string]string // by server
 	out      string            // document to write the table into; empty: only print
@@ -68,7 +74,7 @@ const (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:]); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -77,33 +83,35 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) (err error) {
+	// The load generator has few live objects and makes much garbage: collect it seldom.
+	debug.SetGCPercent(800)
+	if len(args) == 2 && args[0] == disturbCommand {
+		return disturb(ctx, args[1], os.Stdin, os.Stdout)
+	}
 	o, err := parse(args)
 	if err != nil {
 		return err
 	}
-	// The load generator has few live objects and makes much garbage: collect it seldom.
-	debug.SetGCPercent(800)
 	if o.dir, err = proc.WorkDir("bench-"); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(o.dir)) }()
 
-	facts, err := machineFacts(o.dir)
+	if o.profile {
+		return o.runProfiles(ctx)
+	}
+	if len(o.extents) > 0 {
+		return o.runScale(ctx)
+	}
+	facts, err := o.facts(ctx)
 	if err != nil {
 		return err
-	}
-	for _, s := range o.servers {
-		line, err := describe(ctx, o, s)
-		if err != nil {
-			return fmt.Errorf("%s does not start: %w", s, err)
-		}
-		facts = append(facts, line)
 	}
 	facts = append(facts, fmt.Sprintf("%d rounds of %s in turns, medians; values of 1 KiB and %d connections unless said; in brackets the ratio to etcd, more than 1 is better",
 		o.rounds, o.seconds, o.conns))
 
 	var rows []row
-	for _, s := range []scene{writeScene(), listScene(), watchScene(), leaseScene(), bigScene()} {
+	for _, s := range []scene{writeScene(), listScene(), watchScene(), leaseScene(), boundedScene(), fairScene(), bigScene()} {
 		got, err := o.play(ctx, s)
 		if err != nil {
 			return err
@@ -115,7 +123,27 @@ func run(ctx context.Context, args []string) (err error) {
 	if o.out == "" {
 		return nil
 	}
-	return insert(o.out, text)
+	return insert(o.out, benchMarks, text)
+}
+
+// facts describes the machine and the servers, as lines of Markdown.
+func (o *options) facts(ctx context.Context) ([]string, error) {
+	facts, err := machineFacts(o.dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range o.servers {
+		if s == floor { // it has no version to ask for
+			facts = append(facts, "floor: a grpc-go server that only appends each put to a file, synced, and answers gets with a ready value (test/load/floor)")
+			continue
+		}
+		line, err := describe(ctx, o, s)
+		if err != nil {
+			return nil, fmt.Errorf("%s does not start: %w", s, err)
+		}
+		facts = append(facts, line)
+	}
+	return facts, nil
 }
 
 func parse(args []string) (*options, error) {
@@ -123,10 +151,13 @@ func parse(args []string) (*options, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := &options{warmup: 500 * time.Millisecond, settle: time.Second, divide: 1}
+	o := &options{warmup: 500 * time.Millisecond, settle: time.Second, quota: 8 << 30}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	only := f.String("only", "", "measure only the workloads whose name matches this expression; the document is left alone")
-	servers := f.String("servers", "quire,etcd,kine", "servers to measure: quire, etcd, kine, kine-full (kine with synchronous=FULL)")
+	servers := f.String("servers", "", "servers to measure: quire, etcd, kine, kine-full (kine with synchronous=FULL), floor (does nothing but gRPC and a synced file); without it quire,etcd,kine, and for -scale quire,etcd (1m) or quire (20g)")
+	scale := f.String("scale", "", "measure large databases instead, in tables of their own: 1m (1M keys, 3M revisions), 20g (20 GiB) or 1m,20g")
+	f.BoolVar(&o.profile, "profile", false, "profile quire under some workloads instead of measuring")
+	f.IntVar(&o.divide, "divide", 1, "divide the sizes of data sets by this; above 1 the document is left alone")
 	quick := f.Bool("quick", false, "small data sets and one short round, to see that everything works; the document is left alone")
 	f.IntVar(&o.rounds, "rounds", 5, "rounds of each measurement")
 	f.DurationVar(&o.seconds, "seconds", 3*time.Second, "length of a measurement, e.g. 3s")
@@ -135,6 +166,7 @@ func parse(args []string) (*options, error) {
 	quire := f.String("quire", filepath.Join(root, "bin", "quire"), "quire's binary")
 	etcd := f.String("etcd", filepath.Join(root, "bin", "peers", "etcd"), "etcd's binary")
 	kine := f.String("kine", filepath.Join(root, "bin", "peers", "kine"), "kine's binary")
+	floorBin := f.String(floor, filepath.Join(root, "bin", "floor"), "floor's binary")
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}
@@ -144,20 +176,37 @@ func parse(args []string) (*options, error) {
 	if *quick {
 		o.rounds, o.seconds, o.warmup, o.settle, o.divide = 1, 500*time.Millisecond, 100*time.Millisecond, 200*time.Millisecond, 20
 	}
-	if *quick || *only != "" {
+	if *quick || *only != "" || o.divide > 1 {
 		o.out = ""
 	}
-	if o.rounds < 1 || o.conns < 1 || o.seconds <= 0 {
-		return nil, errors.New("-rounds, -conns and -seconds must be positive")
+	if o.rounds < 1 || o.conns < 1 || o.seconds <= 0 || o.divide < 1 {
+		return nil, errors.New("-rounds, -conns, -seconds and -divide must be positive")
 	}
-	o.servers = strings.Split(*servers, ",")
-	o.binaries = map[string]string{"quire": *quire, "etcd": *etcd, "kine": *kine, "kine-full": *kine}
+	if *servers != "" {
+		o.servers = strings.Split(*servers, ",")
+	}
+	if *scale == "" && o.servers == nil {
+		o.servers = []string{"quire", "etcd", "kine"}
+	}
+	if *scale != "" {
+		o.quota = scaleQuota
+		if o.extents, err = parseExtents(*scale, o.servers, o.divide); err != nil {
+			return nil, err
+		}
+		for _, e := range o.extents {
+			o.servers = append(o.servers, e.servers...)
+		}
+	}
+	o.binaries = map[string]string{"quire": *quire, "etcd": *etcd, "kine": *kine, "kine-full": *kine, floor: *floorBin}
 	for _, s := range o.servers {
 		if o.binaries[s] == "" {
-			return nil, fmt.Errorf("-servers: %q is unknown: use quire, etcd, kine or kine-full", s)
+			return nil, fmt.Errorf("-servers: %q is unknown: use quire, etcd, kine, kine-full or floor", s)
+		}
+		if s == floor && len(o.extents) > 0 {
+			return nil, errors.New("-servers: floor has no values and no history, which -scale measures: leave it out")
 		}
 		if _, err := os.Stat(o.binaries[s]); err != nil {
-			return nil, fmt.Errorf("no binary of %s: %w (build it with `make build peers`, or leave it out with -servers)", s, err)
+			return nil, fmt.Errorf("no binary of %s: %w (build it with `make build peers`, floor with `make bench`, or leave it out with -servers)", s, err)
 		}
 	}
 	return o, nil
@@ -177,6 +226,9 @@ func (o *options) play(ctx context.Context, s scene) ([]row, error) {
 	beds := map[string]*bed{}
 	failed := map[string]error{}
 	for _, kind := range o.servers {
+		if !slices.ContainsFunc(rows, func(r row) bool { return able(kind, r.w) }) {
+			continue
+		}
 		b, err := newBed(o, kind, s.name)
 		if err != nil {
 			return nil, err
@@ -201,6 +253,9 @@ func (o *options) play(ctx context.Context, s scene) ([]row, error) {
 		for n := range o.rounds {
 			for k := range o.servers {
 				kind := o.servers[(k+n)%len(o.servers)] // another one begins each round
+				if !able(kind, r.w) {
+					continue
+				}
 				if r.cells[kind] == nil {
 					r.cells[kind] = &cell{err: failed[kind]}
 				}

@@ -9,11 +9,10 @@ import (
 	"strings"
 )
 
-// The table stands between these lines of the document, everything else of it is left alone.
-const (
-	beginMark = "<!-- bench:begin (written by make bench) -->"
-	endMark   = "<!-- bench:end -->"
-)
+// marks are the two lines of the document that a table stands between; everything else of it is left alone.
+type marks struct{ begin, end string }
+
+var benchMarks = marks{"<!-- bench:begin (written by make bench) -->", "<!-- bench:end -->"}
 
 // cell is what the rounds gave for one workload on one server.
 type cell struct {
@@ -120,19 +119,19 @@ func number3(v float64) string {
 }
 
 // insert puts the text between the marks of the document, which is made if it is not there.
-func insert(path, text string) error {
+func insert(path string, m marks, text string) error {
 	doc, err := os.ReadFile(path)
 	if os.IsNotExist(err) {
-		doc = []byte("# Performance\n\n" + beginMark + "\n" + endMark + "\n")
+		doc = []byte("# Performance\n\n" + m.begin + "\n" + m.end + "\n")
 	} else if err != nil {
 		return err
 	}
-	from, to := bytes.Index(doc, []byte(beginMark)), bytes.Index(doc, []byte(endMark))
+	from, to := bytes.Index(doc, []byte(m.begin)), bytes.Index(doc, []byte(m.end))
 	if from < 0 || to < from {
-		return fmt.Errorf("%s has no lines %q and %q to write the table between: add them", path, beginMark, endMark)
+		return fmt.Errorf("%s has no lines %q and %q to write the table between: add them", path, m.begin, m.end)
 	}
 	var out bytes.Buffer
-	out.Write(doc[:from+len(beginMark)])
+	out.Write(doc[:from+len(m.begin)])
 	out.WriteString("\n\n" + strings.TrimSpace(text) + "\n\n")
 	out.Write(doc[to:])
 	return os.WriteFile(path, out.Bytes(), 0o644)

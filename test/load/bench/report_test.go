@@ -56,7 +56,7 @@ func TestTableShowsMediansRatiosAndFailures(t *testing.T) {
 func TestInsertLeavesTheRestAlone(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "performance.md")
 	for _, text := range []string{"first", "second"} {
-		if err := insert(path, text); err != nil {
+		if err := insert(path, benchMarks, text); err != nil {
 			t.Fatal(err)
 		}
 		if text == "first" {
@@ -80,7 +80,7 @@ func TestInsertLeavesTheRestAlone(t *testing.T) {
 	if err := os.WriteFile(path, []byte("no marks"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := insert(path, "third"); err == nil {
+	if err := insert(path, benchMarks, "third"); err == nil {
 		t.Error("a document without marks was overwritten")
 	}
 }
