@@ -1,7 +1,9 @@
 package backend
 
 import (
-	"sort"
+	"cmp"
+	"maps"
+	"slices"
 	"sync"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -67,18 +69,19 @@ type alarmChange struct {
 	raised bool
 }
 
+// sorted lists the alarms in order of member and type.
+func (s alarmSet) sorted() []alarmKey {
+	return slices.SortedFunc(maps.Keys(s), func(a, b alarmKey) int {
+		return cmp.Or(cmp.Compare(a.member, b.member), cmp.Compare(a.alarm, b.alarm))
+	})
+}
+
 // Alarms lists the raised alarms in order of member and type.
 func (db *DB) Alarms() []*pb.AlarmMember {
 	var all []*pb.AlarmMember
-	for k := range db.alarms.current() {
+	for _, k := range db.alarms.current().sorted() {
 		all = append(all, &pb.AlarmMember{MemberID: k.member, Alarm: k.alarm})
 	}
-	sort.Slice(all, func(i, j int) bool {
-		if all[i].MemberID != all[j].MemberID {
-			return all[i].MemberID < all[j].MemberID
-		}
-		return all[i].Alarm < all[j].Alarm
-	})
 	return all
 }
 

@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
@@ -68,6 +69,7 @@ type batch struct {
 	alarmChanges []alarmChange
 	failure      error
 	was          savedState
+	applied      time.Time // when apply was done
 }
 
 type undoWrite struct {
@@ -112,7 +114,7 @@ func (b *batch) readRow(_ context.Context, id int64) (Frame, error) {
 		return b.rows[i].frame, nil
 	}
 	f, err := b.db.log.frame(id)
-	return f, b.db.log.storageError(err)
+	return f, b.db.log.explain(err)
 }
 
 // next begins a Command.

@@ -261,15 +261,64 @@ func (db *DB) commitBatch(items []*pending) {
 	start := time.Now()
 	if db.suspect {
 		// Something could not be written. Before the next batch, make sure that the database is where we left it.
-		if err := db.log.resume(db.st.nextID); err != nil {
+		if err := db.log.resume(&db.st); err != nil {
 			db.fail(items, err)
 			return
 		}
 		db.suspect = false
 	}
-	b := db.newBatch(db.now(), start.UnixMicro())
+	b := db.applyBatch(items, start)
+	for b != nil {
+		err := error(nil)
+		if b.dirty() || db.shared != nil {
+			err = db.log.write(b)
+		}
+		if errors.Is(err, errBehind) {
+			// Once more, on top of what others wrote; while that is done they wait.
+			b.rollback()
+			if err = db.shared.catchUp(db.replay); err == nil {
+				b = db.applyBatch(items, start)
+				continue
+			}
+			db.publish()
+			db.fail(items, err)
+			return
+		}
+		if err != nil {
+			db.undo(b, items, err)
+			return
+		}
+		break
+	}
+	if b == nil {
+		return
+	}
+	synced := time.Now()
+	if b.dirty() {
+		db.noteStorage(nil)
+		if b.others() {
+			db.st.others++
+		}
+	}
+	db.show(b)
 
-	// Apply: Commands become rows and answers, in memory.
+	h := &db.opts.Hooks
+	if h.BatchCommitted != nil {
+		h.BatchCommitted(len(items), len(b.rows), b.applied.Sub(start), synced.Sub(b.applied), time.Since(start))
+	}
+	for _, p := range items {
+		for _, id := range p.expired {
+			if h.LeaseExpired != nil {
+				h.LeaseExpired(id)
+			}
+		}
+	}
+}
+
+// applyBatch turns Commands into rows and answers, in memory; nil when the batch has failed.
+func (db *DB) applyBatch(items []*pending, start time.Time) *batch {
+	b := db.newBatch(db.now(), db.wall(start))
+	b.applyGrace()
 	for _, p := range items {
 		if p.expire != nil {
 			p.expired = b.applyExpiry()
@@ -278,25 +327,15 @@ func (db *DB) commitBatch(items []*pending) {
 		}
 		if b.failure != nil {
 			db.undo(b, items, b.failure)
-			return
+			return nil
 		}
 	}
-	applied := time.Now()
+	b.applied = time.Now()
+	return b
+}
 
-	// Durable: one transaction, one sync.
-	if b.dirty() {
-		if err := db.log.write(b); err != nil {
-			db.undo(b, items, err)
-			return
-		}
-		db.noteStorage(nil)
-		if b.others() {
-			db.st.others++
-		}
-	}
-	synced := time.Now()
-
-	// Visible: to readers, then to watchers.
+// show makes a durable batch visible, to readers and then to watchers. REQUIRES: the commit token.
+func (db *DB) show(b *batch) {
 	moved := len(b.rows) > 0 || b.compacted
 	if len(b.rows) > 0 {
 		db.ring.add(b.events())
@@ -318,21 +357,9 @@ func (db *DB) commitBatch(items []*pending) {
 	if b.compacted {
 		db.compactor.wake()
 	}
-
-	h := &db.opts.Hooks
-	if h.BatchCommitted != nil {
-		h.BatchCommitted(len(items), len(b.rows), applied.Sub(start), synced.Sub(applied), time.Since(start))
-	}
 	for _, c := range b.alarmChanges {
-		if h.Alarm != nil {
-			h.Alarm(&pb.AlarmMember{MemberID: c.key.member, Alarm: c.key.alarm}, c.raised)
-		}
-	}
-	for _, p := range items {
-		for _, id := range p.expired {
-			if h.LeaseExpired != nil {
-				h.LeaseExpired(id)
-			}
+		if f := db.opts.Hooks.Alarm; f != nil {
+			f(&pb.AlarmMember{MemberID: c.key.member, Alarm: c.key.alarm}, c.raised)
 		}
 	}
 }
@@ -348,7 +375,11 @@ func (db *DB) undo(b *batch, items []*pending, err error) {
 // fail answers every entry of a batch that could not be written.
 func (db *DB) fail(items []*pending, err error) {
 	db.suspect = true
-	err = db.log.storageError(err)
+	if db.shared != nil {
+		// Others must not wait for a lock that is of no use any more.
+		err = errors.Join(err, db.shared.release())
+	}
+	err = db.log.explain(err)
 	db.noteStorage(err)
 	for _, p := range items {
 		p.resp, p.expired, p.err = nil, nil, err

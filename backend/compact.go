@@ -33,6 +33,9 @@ const (
 	vacuumPages   = 64   // pages that one step gives back; about a millisecond
 )
 
+// vacuumStep is what a step that gives pages back should take at most.
+const vacuumStep = 4 * time.Millisecond
+
 // Free pages are kept for reuse up to this: giving every page back only to ask for it again would be
 // work for nothing.
 const (
@@ -44,15 +47,18 @@ const (
 type compactor struct {
 	kick chan struct{}
 
-	mu    sync.Mutex
-	swept int64         // no row is left that a compaction up to here made unreachable
-	moved chan struct{} // closed and replaced when swept moves
+	mu sync.Mutex
+	// memory is the revision up to which everything that compactions made unreachable has left memory. It belongs to the
+	// holder of the commit token.
+	memory int64
+	swept  int64         // no row is left that a compaction up to here made unreachable
+	moved  chan struct{} // closed and replaced when swept moves
 }
 
 func (c *compactor) init() {
 	c.kick = make(chan struct{}, 1)
 	c.moved = make(chan struct{})
-	c.swept = -1
+	c.swept, c.memory = -1, -1
 }
 
 func (c *compactor) wake() {
@@ -141,17 +147,13 @@ func (db *DB) compactOnce() error {
 			return db.ctx.Err()
 		}
 	}
-	// Only the steps of this goroutine touch it, and none is under way.
-	slices.Sort(db.st.garbage)
-	rows := int64(len(db.st.garbage))
-	for more := rows > 0; more; {
-		took, err := db.step(func() (err error) { more, err = db.deleteGarbage(); return err })
-		if err != nil {
-			return err
-		}
-		if more && !rest.after(took) {
-			return db.ctx.Err()
-		}
+	removeRows := db.removeGarbage
+	if db.shared != nil {
+		removeRows = db.sweepShared
+	}
+	rows, err := removeRows(target)
+	if err != nil {
+		return err
 	}
 	db.marks.dropBefore(target)
 	if db.compactor.done(target) {
@@ -165,17 +167,43 @@ func (db *DB) compactOnce() error {
 	return db.vacuum()
 }
 
-// vacuum gives free pages back. It stops when there is a compaction to do, which will call it again.
+// removeGarbage deletes the rows that nothing refers to any more.
+func (db *DB) removeGarbage(int64) (rows int64, err error) {
+	// Only the steps of this goroutine touch it, and none is under way.
+	slices.Sort(db.st.garbage)
+	rows = int64(len(db.st.garbage))
+	rest := resting{db: db}
+	for more := rows > 0; more; {
+		took, err := db.step(func() (err error) { more, err = db.deleteGarbage(); return err })
+		if err != nil {
+			return 0, err
+		}
+		if more && !rest.after(took) {
+			return 0, db.ctx.Err()
+		}
+	}
+	return rows, nil
+}
+
+// vacuum gives free pages back. It stops when there is a compaction to do, which will call it again. What one page costs
+// grows with the number of free pages (SQLite looks for it in the list of them), so the steps are made as short as it takes.
 func (db *DB) vacuum() error {
 	rest := resting{db: db}
+	n := vacuumPages
 	for done := false; !done && len(db.compactor.kick) == 0; {
 		took, err := db.step(func() error {
 			var err error
-			done, err = db.log.vacuum(vacuumPages)
+			done, err = db.log.vacuum(n)
 			return err
 		})
 		if err != nil {
 			return err
+		}
+		switch {
+		case took > vacuumStep:
+			n = max(n/2, 1)
+		case took < vacuumStep/2:
+			n = min(2*n, vacuumPages)
 		}
 		if !done && !rest.after(took) {
 			return db.ctx.Err()
@@ -185,7 +213,7 @@ func (db *DB) vacuum() error {
 }
 
 // resting leaves time to others between the steps of background work, whatever the disk: half of it while there are
-// writes, a fifth while there are none, and who reads does not wait for a step.
+// writes, and more if the steps are long; a fifth while there are none, and who reads does not wait for a step.
 type resting struct {
 	db  *DB
 	rev int64
@@ -194,11 +222,14 @@ type resting struct {
 // after a step that took so long; false when the database is being closed.
 func (r *resting) after(took time.Duration) bool {
 	rev := r.db.current.Load().rev
-	if rev == r.rev {
-		took /= 4
+	switch {
+	case rev == r.rev:
+		took = min(took/4, 20*time.Millisecond)
+	case took > vacuumStep:
+		took = min(4*took, time.Second)
 	}
 	r.rev = rev
-	return r.db.pause(min(took, 20*time.Millisecond))
+	return r.db.pause(took)
 }
 
 // step runs f under the commit token and says how long it took. An error is reported.
@@ -210,7 +241,7 @@ func (db *DB) step(f func() error) (took time.Duration, err error) {
 		return f()
 	}})
 	if err != nil && db.ctx.Err() == nil && db.opts.Hooks.StorageError != nil {
-		db.opts.Hooks.StorageError(db.log.storageError(err))
+		db.opts.Hooks.StorageError(db.log.explain(err))
 	}
 	return took, err
 }

@@ -11,9 +11,11 @@ import (
 
 // DB is one open database. All its methods may be called by any number of goroutines at once.
 type DB struct {
-	opts  Options
-	log   *sqliteLog
-	index *index
+	opts   Options
+	log    storage
+	shared *pgLog // log, where other processes write to it as well; else nil
+	heads  headRounds
+	index  *index
 
 	current atomic.Pointer[View]
 	ring    eventRing
@@ -23,11 +25,13 @@ type DB struct {
 
 	queue         queue
 	committerDone chan struct{}
-	// st, suspect and broken belong to the holder of the commit token (queue.busy).
+	// st, suspect, broken and graceBefore belong to the holder of the commit token (queue.busy).
 	st      state
 	suspect bool  // something could not be written since the last batch
 	broken  error // why the last batch could not
-	err     atomic.Pointer[error]
+	// graceBefore: whatever lease was due at or before this time (DB.now) ran out while nobody could renew it.
+	graceBefore int64
+	err         atomic.Pointer[error]
 
 	opened      time.Time // with its monotonic clock, see now
 	drawLeaseID func() int64
@@ -54,7 +58,11 @@ func OpenSQLite(ctx context.Context, path string, o Options) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	db, err := openDB(ctx, file, o)
+	log, err := newSQLiteLog(file)
+	var db *DB
+	if err == nil {
+		db, err = openDB(ctx, log, nil, o)
+	}
 	if err != nil {
 		if e := asSQLiteError(err); e != nil && e.corrupt() && !errors.Is(err, ErrDamaged) {
 			err = fmt.Errorf("%w: %w", ErrDamaged, err)
@@ -64,16 +72,14 @@ func OpenSQLite(ctx context.Context, path string, o Options) (*DB, error) {
 	return db, nil
 }
 
-func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
-	log, err := newSQLiteLog(file)
-	if err != nil {
-		return nil, err
-	}
+// openDB opens a database on a storage; shared is the same one, if it is shared.
+func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, error) {
 	o = o.withDefaults()
 	recs := newRecords()
 	db := &DB{
 		opts:          o,
 		log:           log,
+		shared:        shared,
 		index:         &index{recs: recs, slots: newSlots(), vals: newValues(recs, o.ValueCacheBytes)},
 		committerDone: make(chan struct{}),
 		opened:        time.Now(),
@@ -86,7 +92,7 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 	if err := db.load(ctx); err != nil {
 		return nil, err
 	}
-	db.graceAfterRestart()
+	db.graceBefore = db.now()
 	db.ring.first = db.st.rev + 1
 	db.storeCounters()
 	db.publish()
@@ -97,12 +103,19 @@ func openDB(ctx context.Context, file *sqliteFile, o Options) (*DB, error) {
 		}
 	}
 	if len(db.st.garbage) == 0 {
-		db.compactor.swept = db.st.compact
+		db.compactor.swept, db.compactor.memory = db.st.compact, db.st.compact
 	}
 	go db.commitLoop()
 	db.background.Add(2)
 	go db.expireLoop()
 	go db.compactLoop()
+	if db.shared != nil {
+		db.startShared()
+	}
+	// Who asks for a lease now is to see its grace. If it cannot be written, StorageError has heard of it.
+	if due, ok := db.leases.next(); ok && due <= db.graceBefore {
+		_ = db.submit(ctx, &pending{expire: &expireLeases{}})
+	}
 	// A compaction that the last process did not finish goes on.
 	db.compactor.wake()
 	return db, nil
@@ -127,14 +140,28 @@ func (db *DB) Close() error {
 		q.whenIdle()
 		close(q.wake)
 		<-db.committerDone
-		db.closeErr = db.log.file.close()
+		db.closeErr = db.log.close()
 	})
 	return db.closeErr
 }
 
 // now is the time in µs since the epoch as leases count it: the wall clock when the database was opened, and from
 // there the monotonic one. A clock that is set while quire runs neither ends leases nor prolongs them (etcd: Lease.expiry).
-func (db *DB) now() int64 { return db.opened.UnixMicro() + time.Since(db.opened).Microseconds() }
+// Where several processes share leases it is the clock of the database.
+func (db *DB) now() int64 {
+	if db.shared != nil {
+		return db.shared.clock.now()
+	}
+	return db.opened.UnixMicro() + time.Since(db.opened).Microseconds()
+}
+
+// wall is the time that rows get, µs since the epoch: that of people's clocks.
+func (db *DB) wall(t time.Time) int64 {
+	if db.shared != nil {
+		return db.shared.clock.now()
+	}
+	return t.UnixMicro()
+}
 
 // storeCounters copies what Stats reports of the committer's state. REQUIRES: the commit token.
 func (db *DB) storeCounters() {
@@ -169,10 +196,10 @@ func (db *DB) Stats() Stats {
 	db.leases.mu.RLock()
 	leases := len(db.leases.byID)
 	db.leases.mu.RUnlock()
-	pages, free := db.log.pages.Load(), db.log.freePages.Load()
+	total, inUse := db.log.size()
 	return Stats{
-		DBSize:           pages * db.log.pageBytes,
-		DBSizeInUse:      (pages - free) * db.log.pageBytes,
+		DBSize:           total,
+		DBSizeInUse:      inUse,
 		Quota:            db.opts.QuotaBytes,
 		LogicalBytes:     db.logical.Load(),
 		Keys:             int64(v.keys.(*tree).liveLen()),
@@ -180,7 +207,7 @@ func (db *DB) Stats() Stats {
 		CompactRevision:  v.CompactRevision(),
 		Leases:           leases,
 		ValueCacheBytes:  db.index.vals.bytes(),
-		ReadTransactions: len(db.log.file.slots),
+		ReadTransactions: db.log.reading(),
 		AppliedIndex:     db.appliedIndex.Load(),
 	}
 }

@@ -67,9 +67,11 @@ func alone(t *testing.T, db *DB, f func() error) {
 	}
 }
 
+func sqliteOf(db *DB) *sqliteLog { return db.log.(*sqliteLog) }
+
 func execAlone(t *testing.T, db *DB, sql string) {
 	t.Helper()
-	alone(t, db, func() error { return db.log.w.exec(sql) })
+	alone(t, db, func() error { return sqliteOf(db).w.exec(sql) })
 }
 
 func mustPut(t *testing.T, db *DB, key, value string) int64 {
@@ -377,8 +379,8 @@ func TestDiskFull(t *testing.T) {
 	mustPut(t, db, "b", "1")
 	lease := mustWrite(t, db, &pb.LeaseGrantRequest{TTL: 1000}).(*pb.LeaseGrantResponse).ID
 	alone(t, db, func() error {
-		pages, err := db.log.w.pageCount()
-		return errors.Join(err, db.log.w.exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))
+		pages, err := sqliteOf(db).w.pageCount()
+		return errors.Join(err, sqliteOf(db).w.exec(fmt.Sprintf("PRAGMA max_page_count = %d", pages)))
 	})
 	big := bytes.Repeat([]byte("x"), 100<<10)
 	rev := db.Revision()
@@ -769,7 +771,7 @@ func TestApplyIsDeterministic(t *testing.T) {
 				answers[i] = fmt.Sprint(expired, resp, err)
 				rows[i] = b.rows
 				if b.dirty() {
-					failure = db.log.write(b)
+					failure = sqliteOf(db).write(b)
 				}
 				db.publish()
 				b.leases.unlock()

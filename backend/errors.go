@@ -36,6 +36,10 @@ var (
 	ErrStorage = errors.New("backend: the storage failed")
 	// ErrDiskFull: there was no room on the disk; the batch was rolled back.
 	ErrDiskFull = errors.New("backend: the disk is full")
+	// ErrUnavailable: the database cannot be asked at present; nothing was changed.
+	ErrUnavailable = errors.New("backend: the database is not available")
+	// ErrHistoryLost: the database does not have revisions any more that this process has served.
+	ErrHistoryLost = errors.New("backend: the database has lost revisions that were served from it")
 )
 
 // Errors of opening. Each is wrapped with what to do.

@@ -197,7 +197,7 @@ func TestEveryStatementFails(t *testing.T) {
 		for n := 1; ; n++ {
 			settled(t, db)
 			var s *statements
-			alone(t, db, func() error { s = watch(t, db.log.w); s.failAt = n; return nil })
+			alone(t, db, func() error { s = watch(t, sqliteOf(db).w); s.failAt = n; return nil })
 			// How many statements there are is known when one too many does not come.
 			if n > 1 && failed[len(failed)-1] == "COMMIT" {
 				v := db.View() // keeps the compactor away, whose statements are not the write's
@@ -352,7 +352,7 @@ func TestSweepFails(t *testing.T) {
 		before := contents(t, db)
 		var failed []string
 		alone(t, db, func() error {
-			s := watch(t, db.log.w)
+			s := watch(t, sqliteOf(db).w)
 			defer s.unwatch()
 			s.failAt = n
 			if more, err := sweepAll(db, target); (err != nil) != (s.failed != "") || err != nil && !more {
@@ -402,7 +402,7 @@ func tombstones(db *DB) (n int) {
 
 func rowsIn(t *testing.T, db *DB) (n int64) {
 	t.Helper()
-	alone(t, db, func() (err error) { n, err = db.log.w.queryInt64(sqliteCountRows); return err })
+	alone(t, db, func() (err error) { n, err = sqliteOf(db).w.queryInt64(sqliteCountRows); return err })
 	return n
 }
 
@@ -431,7 +431,7 @@ func TestSweepFailsMidway(t *testing.T) {
 		if before != 0 || all-len(db.st.garbage) != deleteRows || !more || err != nil {
 			t.Errorf("the first step: %d rows of garbage before, %d after the sweep, %d now, more %v, %v", before, all, len(db.st.garbage), more, err)
 		}
-		s := watch(t, db.log.w)
+		s := watch(t, sqliteOf(db).w)
 		defer s.unwatch()
 		s.failAt = deleteRows / 2
 		if more, err = db.deleteGarbage(); err == nil || !more {
@@ -451,7 +451,7 @@ func TestSweepFailsMidway(t *testing.T) {
 	}
 	var sum int64
 	alone(t, db, func() (err error) {
-		sum, err = db.log.w.queryInt64("SELECT sum(length(key) + length(value) + 64) FROM revisions")
+		sum, err = sqliteOf(db).w.queryInt64("SELECT sum(length(key) + length(value) + 64) FROM revisions")
 		return err
 	})
 	if sum += 2 * leaseCharge; sum != logical {
@@ -483,7 +483,7 @@ func TestVacuumFails(t *testing.T) {
 	for n := 1; ; n++ {
 		var s *statements
 		alone(t, db, func() error {
-			s = watch(t, db.log.w)
+			s = watch(t, sqliteOf(db).w)
 			defer s.unwatch()
 			s.pragmas, s.failAt = true, n
 			if _, err := db.log.vacuum(vacuumPages); (err != nil) != (s.failed != "") {

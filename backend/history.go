@@ -63,7 +63,7 @@ func (db *DB) History(ctx context.Context, req HistoryRequest) (HistoryResult, e
 		return HistoryResult{}, &CompactedError{CompactRevision: v.compact}
 	}
 	// The View keeps the rows from being compacted away under us.
-	if err := db.readHistory(ctx, h); err != nil {
+	if err := db.log.history(ctx, db.marks.before(req.From), h); err != nil {
 		return HistoryResult{}, err
 	}
 	return h.result(), nil
@@ -103,6 +103,20 @@ func (h *historyPage) wants(rev int64) bool {
 	}
 	h.last = rev
 	h.seen++
+	return true
+}
+
+// take adds what it wants of a stored row; more says whether to go on with the next.
+func (h *historyPage) take(w *storedRow) (more bool) {
+	if w.rev < h.req.From {
+		return true
+	}
+	if !h.wants(w.rev) {
+		return false
+	}
+	if h.k.contains(w.key) {
+		h.add(w.event())
+	}
 	return true
 }
 

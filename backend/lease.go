@@ -118,6 +118,25 @@ func (c *leaseChanges) unlock() {
 	}
 }
 
+// leaseChange is a lease as a batch leaves it; one without a TTL is gone.
+type leaseChange struct{ id, ttl, deadline int64 }
+
+func (l leaseChange) gone() bool { return l.ttl == 0 }
+
+// list returns what has to be written, by id.
+func (c *leaseChanges) list() []leaseChange {
+	changes := make([]leaseChange, 0, len(c.dirty))
+	for id := range c.dirty {
+		change := leaseChange{id: id}
+		if l := c.table.byID[id]; l != nil {
+			change.ttl, change.deadline = l.ttl, l.deadline
+		}
+		changes = append(changes, change)
+	}
+	slices.SortFunc(changes, func(a, b leaseChange) int { return cmp.Compare(a.id, b.id) })
+	return changes
+}
+
 func (c *leaseChanges) any() bool { return len(c.dirty) > 0 }
 
 // exists needs no lock: only the committer changes the table.
@@ -147,6 +166,23 @@ func (c *leaseChanges) revoke(l *lease) {
 	c.table.remove(l)
 	c.dirty[l.id] = true
 	c.undo = append(c.undo, func() { c.table.insert(l) })
+}
+
+// take makes a lease what another process has made it, and returns how many leases there are more.
+func (c *leaseChanges) take(l leaseChange) (more int64) {
+	have := c.table.byID[l.id]
+	switch {
+	case have == nil && !l.gone():
+		c.grant(l.id, l.ttl, l.deadline)
+		return 1
+	case have != nil && l.gone():
+		c.revoke(have)
+		return -1
+	case have != nil:
+		c.renew(have, l.deadline)
+		have.ttl = l.ttl // it may have been revoked and granted anew
+	}
+	return 0
 }
 
 // move detaches key from one lease and attaches it to another; 0 is no lease.
@@ -242,22 +278,17 @@ const (
 // which could not renew it, can. etcd gives such a lease its whole TTL again.
 const restartGrace = 10 * time.Second
 
-// graceAfterRestart prolongs the leases that are overdue when a database is opened, and writes it down: a server that
-// restarts again and again must not keep them for ever. If that fails, the grace stands all the same.
-func (db *DB) graceAfterRestart() {
-	c := leaseChanges{table: &db.leases}
-	now := db.now()
-	for due := &db.leases.due; len(*due) > 0 && (*due)[0].deadline <= now; {
+// applyGrace prolongs the leases that ran out while nobody could renew them. The batch writes it down: a server that
+// restarts again and again must not keep them for ever.
+func (b *batch) applyGrace() {
+	before := b.db.graceBefore
+	if b.db.shared != nil {
+		before = max(before, b.db.shared.contact.graceBefore(b.now))
+	}
+	for due := &b.db.leases.due; len(*due) > 0 && (*due)[0].deadline <= before; {
 		l := (*due)[0]
-		c.renew(l, now+min(l.ttl*1e6, restartGrace.Microseconds()))
+		b.leases.renew(l, b.now+min(l.ttl*1e6, restartGrace.Microseconds()))
 	}
-	if !c.any() {
-		return
-	}
-	if err := db.log.transaction(func() error { return db.log.writeLeases(&c) }); err != nil && db.opts.Hooks.StorageError != nil {
-		db.opts.Hooks.StorageError(db.log.storageError(err))
-	}
-	c.unlock()
 }
 
 // expiryRetry is how long the expiry loop waits after its Command could not be written.

@@ -169,11 +169,11 @@ func TestClockJumpsBackwards(t *testing.T) {
 		t.Errorf("a lease of 100 seconds has %d left: %+v", s.TTL, s)
 	}
 	alone(t, db, func() error {
-		n, err := db.log.w.queryInt64("SELECT count(*) FROM revisions AS r JOIN revisions AS p ON p.id = r.id - 1 WHERE r.committed_at < p.committed_at")
+		n, err := sqliteOf(db).w.queryInt64("SELECT count(*) FROM revisions AS r JOIN revisions AS p ON p.id = r.id - 1 WHERE r.committed_at < p.committed_at")
 		if n != 0 {
 			t.Errorf("%d rows were committed before the one in front of them", n)
 		}
-		first, e := db.log.w.queryInt64("SELECT min(committed_at) FROM revisions")
+		first, e := sqliteOf(db).w.queryInt64("SELECT min(committed_at) FROM revisions")
 		if ahead := first - db.now(); ahead < hour/2 {
 			t.Errorf("the rows are %d µs ahead: the test tests nothing", ahead)
 		}

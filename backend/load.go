@@ -2,13 +2,9 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sort"
-	"sync"
-
-	"go.etcd.io/etcd/api/v3/mvccpb"
-
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // Opening a database rebuilds the index from the narrow columns of the rows; no value is read. One goroutine
@@ -26,7 +22,6 @@ type loadRow struct {
 type loadPage struct {
 	rows []loadRow
 	keys []byte
-	err  error
 }
 
 const (
@@ -35,19 +30,59 @@ const (
 	loadProgressRows = 256 << 10
 )
 
+// loadBeside is what stands beside the rows.
+type loadBeside struct {
+	compact int64 // -1: never compacted
+	others  uint64
+	leases  []leaseChange
+	alarms  alarmSet
+	total   int64 // rows, about
+}
+
+func newLoadPage(keyBytes int) *loadPage {
+	return &loadPage{rows: make([]loadRow, 0, loadPageRows), keys: make([]byte, 0, keyBytes)}
+}
+
+// add appends a row; its size is so far that of the value.
+func (p *loadPage) add(w loadRow, key []byte) {
+	p.keys = append(p.keys, key...)
+	w.size += uint32(len(key))
+	w.keyEnd = uint32(len(p.keys))
+	p.rows = append(p.rows, w)
+}
+
+func (p *loadPage) full() bool { return len(p.rows) == loadPageRows }
+
 // load reads the whole database into memory. REQUIRES: nothing else uses db yet.
 func (db *DB) load(ctx context.Context) error {
 	st := &db.st
 	st.rev, st.compact, st.nextID = 1, -1, 1
 	st.tombs = make(map[uint32]string)
-	if err := db.loadMeta(); err != nil {
-		return err
+
+	ctx, cancel := context.WithCancel(ctx)
+	started := make(chan loadBeside, 1)
+	pages := make(chan *loadPage, loadPagesAhead)
+	var scanned error
+	go func() {
+		defer close(pages)
+		defer close(started)
+		scanned = db.log.load(ctx, func(all loadBeside) error {
+			started <- all
+			return ctx.Err()
+		}, func(p *loadPage) error {
+			select {
+			case pages <- p:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+	}()
+	err := db.build(started, pages)
+	cancel()
+	for range pages { // until the scanner has ended
 	}
-	total, err := db.log.w.queryInt64(sqliteCountRows)
-	if err != nil {
-		return err
-	}
-	if err := db.loadRows(ctx, total); err != nil {
+	if err = errors.Join(err, scanned); err != nil {
 		return err
 	}
 	if st.compact > st.rev {
@@ -57,77 +92,19 @@ func (db *DB) load(ctx context.Context) error {
 	return nil
 }
 
-func (db *DB) loadMeta() error {
+// build takes in what the scanner sends, until it sends no more.
+func (db *DB) build(started <-chan loadBeside, pages <-chan *loadPage) error {
 	st := &db.st
-	err := db.each(sqliteMeta, func(s *stmt) error {
-		switch s.columnText(0) {
-		case metaCompactRevision:
-			st.compact = s.columnInt64(1)
-		case metaOtherChanges:
-			st.others = uint64(s.columnInt64(1))
-		}
-		return nil
-	})
-	if err != nil {
-		return err
+	beside := <-started
+	st.compact, st.others = beside.compact, beside.others
+	for _, l := range beside.leases {
+		db.leases.insert(&lease{id: l.id, ttl: l.ttl, deadline: l.deadline, keys: make(map[string]struct{})})
 	}
-	err = db.each(sqliteLeases, func(s *stmt) error {
-		db.leases.insert(&lease{
-			id: s.columnInt64(0), ttl: s.columnInt64(1), deadline: s.columnInt64(2), keys: make(map[string]struct{}),
-		})
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	set := make(alarmSet)
-	err = db.each(sqliteAlarms, func(s *stmt) error {
-		set[alarmKey{uint64(s.columnInt64(0)), pb.AlarmType(s.columnInt64(1))}] = struct{}{}
-		return nil
-	})
-	db.alarms.set(set)
-	return err
-}
+	db.alarms.set(beside.alarms)
 
-// each runs a statement through the writing connection and calls f for every row.
-func (db *DB) each(sql string, f func(s *stmt) error) error { return eachRow(db.log.w, sql, f) }
-
-func eachRow(c *conn, sql string, f func(s *stmt) error) error {
-	s, err := c.prepare(sql)
-	if err != nil {
-		return err
-	}
-	defer s.finalize()
-	for {
-		found, err := s.step()
-		if err != nil || !found {
-			return err
-		}
-		if err := f(s); err != nil {
-			return err
-		}
-	}
-}
-
-func (db *DB) loadRows(ctx context.Context, total int64) error {
-	ctx, cancel := context.WithCancel(ctx)
-	pages := make(chan *loadPage, loadPagesAhead)
-	var scanner sync.WaitGroup
-	scanner.Add(1)
-	go func() {
-		defer scanner.Done()
-		defer close(pages)
-		db.scan(ctx, pages)
-	}()
-	defer scanner.Wait()
-	defer cancel()
-
-	l := loader{db: db, slotOf: make(map[string]uint32, min(total, 1<<20))}
+	l := loader{db: db, slotOf: make(map[string]uint32, min(beside.total, 1<<20))}
 	var done int64
 	for p := range pages {
-		if p.err != nil {
-			return p.err
-		}
 		start := uint32(0)
 		for i := range p.rows {
 			w := &p.rows[i]
@@ -136,50 +113,14 @@ func (db *DB) loadRows(ctx context.Context, total int64) error {
 			}
 			start = w.keyEnd
 		}
+		before := done
 		done += int64(len(p.rows))
-		if f := db.opts.Hooks.LoadProgress; f != nil && (done/loadProgressRows != (done-int64(len(p.rows)))/loadProgressRows || done == total) {
-			f(done, total)
+		if f := db.opts.Hooks.LoadProgress; f != nil && (done/loadProgressRows != before/loadProgressRows || done == beside.total && done > before) {
+			f(done, beside.total)
 		}
-	}
-	if err := ctx.Err(); err != nil {
-		return err
 	}
 	l.finish()
 	return nil
-}
-
-// scan sends the rows in pages, and an error as the last page.
-func (db *DB) scan(ctx context.Context, pages chan<- *loadPage) {
-	p := &loadPage{}
-	send := func() error {
-		select {
-		case pages <- p:
-			p = &loadPage{rows: make([]loadRow, 0, loadPageRows), keys: make([]byte, 0, cap(p.keys))}
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	err := db.each(sqliteLoadRows, func(s *stmt) error {
-		key := s.columnBlob(8)
-		p.keys = append(p.keys, key...)
-		p.rows = append(p.rows, loadRow{
-			id: s.columnInt64(0), rev: s.columnInt64(1), create: s.columnInt64(2), version: s.columnInt64(3),
-			lease: s.columnInt64(4), deleted: s.columnInt64(5) != 0, size: uint32(s.columnInt64(6)) + uint32(len(key)),
-			at: s.columnInt64(7), keyEnd: uint32(len(p.keys)),
-		})
-		if len(p.rows) == loadPageRows {
-			return send()
-		}
-		return nil
-	})
-	p.err = err
-	if len(p.rows) > 0 || err != nil {
-		select {
-		case pages <- p:
-		case <-ctx.Done():
-		}
-	}
 }
 
 // loader builds the index. It treats rows at or before the compaction revision as a compaction does: what
@@ -270,17 +211,4 @@ func (l *loader) finish() {
 	})
 	l.db.st.keys = t.edit()
 	l.db.st.rev = max(l.db.st.rev, 1)
-}
-
-// rowEvent makes an event of a history row.
-func rowEvent(s *stmt) Event {
-	kv := rowKeyValue(s)
-	e := Event{Rev: kv.mod, Type: mvccpb.Event_PUT}
-	if s.columnInt64(4) != 0 {
-		e.Type = mvccpb.Event_DELETE
-		kv.create, kv.version, kv.lease, kv.value = 0, 0, 0, nil
-	}
-	e.KV = kv.appendFrame(make([]byte, 0, kv.frameSize()))
-	e.Key = e.KV.Key()
-	return e
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
 // sqliteLog is the revision table and what stands beside it in one SQLite file. Its writing connection
@@ -14,7 +16,7 @@ type sqliteLog struct {
 	w    *conn
 
 	begin, commit, rollback            *stmt
-	insertRow, deleteRow, row          *stmt
+	insertRow, deleteRow, readOne      *stmt
 	putLease, deleteLease              *stmt
 	clearAlarms, putAlarm, putMetadata *stmt
 
@@ -29,7 +31,7 @@ func newSQLiteLog(file *sqliteFile) (*sqliteLog, error) {
 		sql string
 	}{
 		{&l.begin, sqliteBegin}, {&l.commit, sqliteCommit}, {&l.rollback, sqliteRollback},
-		{&l.insertRow, sqliteInsertRow}, {&l.deleteRow, sqliteDeleteRow}, {&l.row, sqliteRow},
+		{&l.insertRow, sqliteInsertRow}, {&l.deleteRow, sqliteDeleteRow}, {&l.readOne, sqliteRow},
 		{&l.putLease, sqlitePutLease}, {&l.deleteLease, sqliteDeleteLease},
 		{&l.clearAlarms, sqliteClearAlarms}, {&l.putAlarm, sqlitePutAlarm}, {&l.putMetadata, sqlitePutMeta},
 	} {
@@ -122,10 +124,10 @@ func (l *sqliteLog) insert(b *batch, w *row) error {
 }
 
 func (l *sqliteLog) writeLeases(c *leaseChanges) error {
-	for id := range c.dirty {
-		s, args := l.deleteLease, []int64{id}
-		if lease := c.table.byID[id]; lease != nil {
-			s, args = l.putLease, []int64{id, lease.ttl, lease.deadline}
+	for _, lease := range c.list() {
+		s, args := l.putLease, []int64{lease.id, lease.ttl, lease.deadline}
+		if lease.gone() {
+			s, args = l.deleteLease, []int64{lease.id}
 		}
 		if err := runWith(s, args...); err != nil {
 			return err
@@ -165,7 +167,6 @@ func runWith(s *stmt, args ...int64) error {
 	return s.run()
 }
 
-// deleteRows deletes rows that nothing refers to any more.
 func (l *sqliteLog) deleteRows(ids []int64) error {
 	return l.transaction(func() error {
 		for _, id := range ids {
@@ -177,7 +178,6 @@ func (l *sqliteLog) deleteRows(ids []int64) error {
 	})
 }
 
-// vacuum gives up to n free pages back to the file system; done says that few enough are left.
 func (l *sqliteLog) vacuum(n int) (done bool, err error) {
 	if err := l.measure(); err != nil {
 		return false, err
@@ -196,6 +196,15 @@ func (l *sqliteLog) vacuum(n int) (done bool, err error) {
 	return l.freePages.Load() >= free, nil
 }
 
+func (l *sqliteLog) size() (total, inUse int64) {
+	pages, free := l.pages.Load(), l.freePages.Load()
+	return pages * l.pageBytes, (pages - free) * l.pageBytes
+}
+
+func (l *sqliteLog) reading() int { return len(l.file.slots) }
+
+func (l *sqliteLog) close() error { return l.file.close() }
+
 // measure reads the size of the database for Stats.
 func (l *sqliteLog) measure() error {
 	pages, err := l.w.pageCount()
@@ -213,7 +222,7 @@ func (l *sqliteLog) measure() error {
 
 // resume makes sure, after a batch that failed, that the database ends where memory says. If a commit took
 // effect although SQLite reported that it did not, going on would number two rows alike.
-func (l *sqliteLog) resume(nextID int64) error {
+func (l *sqliteLog) resume(st *state) error {
 	if l.w.inTransaction() {
 		if err := l.rollback.run(); err != nil {
 			return err
@@ -223,14 +232,14 @@ func (l *sqliteLog) resume(nextID int64) error {
 	if err != nil {
 		return err
 	}
-	if last >= nextID {
-		return fmt.Errorf("a write that SQLite reported as failed is in the database (row %d, expected at most %d): restart quire to read it", last, nextID-1)
+	if last >= st.nextID {
+		return fmt.Errorf("a write that SQLite reported as failed is in the database (row %d, expected at most %d): restart quire to read it", last, st.nextID-1)
 	}
 	return nil
 }
 
 // frame reads one row through the writing connection.
-func (l *sqliteLog) frame(id int64) (Frame, error) { return readFrame(l.row, id) }
+func (l *sqliteLog) frame(id int64) (Frame, error) { return readFrame(l.readOne, id) }
 
 // readFrame reads the row with the given id; that it is missing is damage, because its record says it is there.
 func readFrame(s *stmt, id int64) (f Frame, err error) {
@@ -245,21 +254,20 @@ func readFrame(s *stmt, id int64) (f Frame, err error) {
 	if !found {
 		return nil, fmt.Errorf("row %d of the revision table is missing: %w: run 'quire check'", id, ErrDamaged)
 	}
-	kv := rowKeyValue(s)
-	return kv.appendFrame(make([]byte, 0, kv.frameSize())), nil
+	w := sqliteStoredRow(s)
+	return w.frame(), nil
 }
 
-// rowKeyValue reads the columns of sqliteRow and sqliteHistoryRows; its bytes are valid until the next step.
-func rowKeyValue(s *stmt) keyValue {
-	return keyValue{
-		mod: s.columnInt64(0), create: s.columnInt64(1), version: s.columnInt64(2), lease: s.columnInt64(3),
-		key: s.columnBlob(5), value: s.columnBlob(6),
+// sqliteStoredRow reads the columns of sqliteRow and sqliteHistoryRows; its bytes are valid until the next step.
+func sqliteStoredRow(s *stmt) storedRow {
+	return storedRow{
+		rev: s.columnInt64(0), create: s.columnInt64(1), version: s.columnInt64(2), lease: s.columnInt64(3),
+		deleted: s.columnInt64(4) != 0, key: s.columnBlob(5), value: s.columnBlob(6),
 	}
 }
 
-// readRow reads a row that is not resident, for a reader. REQUIRES: a View is held that can reach it.
-func (db *DB) readRow(ctx context.Context, id int64) (f Frame, err error) {
-	err = db.log.read(ctx, func(c *conn) error {
+func (l *sqliteLog) row(ctx context.Context, id int64) (f Frame, err error) {
+	err = l.read(ctx, func(c *conn) error {
 		s, err := c.cached(sqliteRow)
 		if err != nil {
 			return err
@@ -268,6 +276,26 @@ func (db *DB) readRow(ctx context.Context, id int64) (f Frame, err error) {
 		return err
 	})
 	return f, err
+}
+
+func (l *sqliteLog) rows(ctx context.Context, ids []int64, each func(i int, f Frame)) error {
+	return l.read(ctx, func(c *conn) error {
+		s, err := c.cached(sqliteRow)
+		if err != nil {
+			return err
+		}
+		for i, id := range ids {
+			if i%contextEvery == 0 && ctx.Err() != nil {
+				return ctx.Err()
+			}
+			f, err := readFrame(s, id)
+			if err != nil {
+				return err
+			}
+			each(i, f)
+		}
+		return nil
+	})
 }
 
 // read lends a reading connection to f.
@@ -280,13 +308,11 @@ func (l *sqliteLog) read(ctx context.Context, f func(c *conn) error) error {
 	if released := l.file.releaseReader(c, err == nil || ctx.Err() != nil); released != nil {
 		err = errors.Join(err, released)
 	}
-	return l.storageError(err)
+	return l.explain(err)
 }
 
-// readHistory fills a page from the rows. REQUIRES: a View is held from before the page's compaction.
-func (db *DB) readHistory(ctx context.Context, h *historyPage) error {
-	start := db.marks.before(h.req.From)
-	return db.log.read(ctx, func(c *conn) (err error) {
+func (l *sqliteLog) history(ctx context.Context, start int64, h *historyPage) error {
+	return l.read(ctx, func(c *conn) (err error) {
 		s, err := c.cached(sqliteHistoryRows)
 		if err != nil {
 			return err
@@ -307,24 +333,17 @@ func (db *DB) readHistory(ctx context.Context, h *historyPage) error {
 				h.end()
 				return nil
 			}
-			rev := s.columnInt64(0)
-			if rev < h.req.From {
-				continue
-			}
-			if !h.wants(rev) {
+			w := sqliteStoredRow(s)
+			if !h.take(&w) {
 				return nil
 			}
-			if !h.k.contains(s.columnBlob(5)) {
-				continue
-			}
-			h.add(rowEvent(s))
 		}
 	})
 }
 
-// storageError gives an error of the storage its sentinel, ErrDiskFull or ErrStorage, and its advice. Errors
+// explain gives an error of the storage its sentinel, ErrDiskFull or ErrStorage, and its advice. Errors
 // of a context pass as they are.
-func (l *sqliteLog) storageError(err error) error {
+func (l *sqliteLog) explain(err error) error {
 	for _, sorted := range []error{nil, context.Canceled, context.DeadlineExceeded, ErrClosed, ErrDiskFull, ErrStorage} {
 		if errors.Is(err, sorted) {
 			return err
@@ -335,4 +354,84 @@ func (l *sqliteLog) storageError(err error) error {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrStorage, err)
+}
+
+func (l *sqliteLog) load(ctx context.Context, beside func(loadBeside) error, page func(*loadPage) error) error {
+	all, err := l.loadBeside()
+	if err != nil {
+		return err
+	}
+	if err := beside(all); err != nil {
+		return err
+	}
+	p := newLoadPage(0)
+	err = eachRow(l.w, sqliteLoadRows, func(s *stmt) error {
+		p.add(loadRow{
+			id: s.columnInt64(0), rev: s.columnInt64(1), create: s.columnInt64(2), version: s.columnInt64(3),
+			lease: s.columnInt64(4), deleted: s.columnInt64(5) != 0, size: uint32(s.columnInt64(6)), at: s.columnInt64(7),
+		}, s.columnBlob(8))
+		if !p.full() {
+			return nil
+		}
+		full := p
+		p = newLoadPage(cap(full.keys))
+		if err := page(full); err != nil {
+			return err
+		}
+		return ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	return page(p)
+}
+
+func (l *sqliteLog) loadBeside() (all loadBeside, err error) {
+	all = loadBeside{compact: -1, alarms: make(alarmSet)}
+	err = eachRow(l.w, sqliteMeta, func(s *stmt) error {
+		switch s.columnText(0) {
+		case metaCompactRevision:
+			all.compact = s.columnInt64(1)
+		case metaOtherChanges:
+			all.others = uint64(s.columnInt64(1))
+		}
+		return nil
+	})
+	if err != nil {
+		return all, err
+	}
+	err = eachRow(l.w, sqliteLeases, func(s *stmt) error {
+		all.leases = append(all.leases, leaseChange{id: s.columnInt64(0), ttl: s.columnInt64(1), deadline: s.columnInt64(2)})
+		return nil
+	})
+	if err != nil {
+		return all, err
+	}
+	err = eachRow(l.w, sqliteAlarms, func(s *stmt) error {
+		all.alarms[alarmKey{uint64(s.columnInt64(0)), pb.AlarmType(s.columnInt64(1))}] = struct{}{}
+		return nil
+	})
+	if err != nil {
+		return all, err
+	}
+	all.total, err = l.w.queryInt64(sqliteCountRows)
+	return all, err
+}
+
+// eachRow runs a statement and calls f for every row.
+func eachRow(c *conn, sql string, f func(s *stmt) error) error {
+	s, err := c.prepare(sql)
+	if err != nil {
+		return err
+	}
+	defer s.finalize()
+	for {
+		found, err := s.step()
+		if err != nil || !found {
+			return err
+		}
+		if err := f(s); err != nil {
+			return err
+		}
+	}
 }

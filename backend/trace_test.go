@@ -13,7 +13,7 @@ import (
 func traced(t *testing.T, db *DB, f func()) string {
 	t.Helper()
 	var s *statements
-	alone(t, db, func() error { s = watch(t, db.log.w); return nil })
+	alone(t, db, func() error { s = watch(t, sqliteOf(db).w); return nil })
 	f()
 	alone(t, db, func() error { s.unwatch(); return nil })
 	var out []string
@@ -108,9 +108,9 @@ func TestStatements(t *testing.T) {
 		}
 	}
 	// Nothing of all this needed a reading connection.
-	db.log.file.idle.Lock()
-	defer db.log.file.idle.Unlock()
-	if n := len(db.log.file.idle.readers); n != 0 {
+	sqliteOf(db).file.idle.Lock()
+	defer sqliteOf(db).file.idle.Unlock()
+	if n := len(sqliteOf(db).file.idle.readers); n != 0 {
 		t.Errorf("%d reading connections were opened, though all values are resident", n)
 	}
 }

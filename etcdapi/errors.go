@@ -51,6 +51,9 @@ func toStatus(err error) error {
 	if errors.Is(err, backend.ErrStorage) {
 		return status.Error(codes.Unavailable, fmt.Sprintf("etcdserver: the storage failed, a write may or may not have been kept: %v", err))
 	}
+	if errors.Is(err, backend.ErrUnavailable) || errors.Is(err, backend.ErrHistoryLost) || errors.Is(err, backend.ErrNewerSchema) {
+		return status.Error(codes.Unavailable, fmt.Sprintf("etcdserver: nothing was changed: %v", err))
+	}
 	if _, ok := status.FromError(err); ok {
 		return err
 	}

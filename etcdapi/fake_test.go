@@ -157,6 +157,8 @@ func (f *fakeStore) Err() error {
 	return f.err
 }
 
+func (f *fakeStore) Ready(context.Context, bool) error { return nil }
+
 func (f *fakeStore) setErr(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -153,6 +153,9 @@ func (s *Server) readCheck(serializable bool) func(context.Context) error {
 				return err
 			}
 		}
+		if err := s.opts.Backend.Ready(ctx, serializable); err != nil {
+			return err
+		}
 		view := s.opts.View()
 		defer view.Release()
 		_, err := view.Range(ctx, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, Limit: 1, KeysOnly: true, Serializable: serializable})

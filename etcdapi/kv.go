@@ -121,6 +121,7 @@ func (k *kvServer) rangeStream(req *pb.RangeRequest, stream grpc.ServerStream) e
 			if req.Revision == 0 {
 				req.Revision = res.Revision
 			}
+			req.Serializable = true // the revision is there
 		}
 		out := &rangeResponse{kvs: res.KVs, stream: true}
 		done := req.CountOnly || !res.More || len(res.KVs) == 0 || sent+int64(len(res.KVs)) == limit
@@ -153,7 +154,7 @@ func (k *kvServer) streamCount(ctx context.Context, req *pb.RangeRequest, sent i
 	case !last.More:
 		return sent + int64(len(last.KVs)), nil
 	}
-	rest, err := k.read(ctx, &pb.RangeRequest{Key: req.Key, RangeEnd: req.RangeEnd, Revision: req.Revision, CountOnly: true}, View.Range)
+	rest, err := k.read(ctx, &pb.RangeRequest{Key: req.Key, RangeEnd: req.RangeEnd, Revision: req.Revision, CountOnly: true, Serializable: true}, View.Range)
 	if err != nil {
 		return 0, err
 	}
@@ -163,6 +164,9 @@ func (k *kvServer) streamCount(ctx context.Context, req *pb.RangeRequest, sent i
 // read answers req from the newest View, by its method how.
 func (k *kvServer) read(ctx context.Context, req *pb.RangeRequest, how func(View, context.Context, *pb.RangeRequest) (*backend.RangeResult, error)) (*backend.RangeResult, error) {
 	start := time.Now()
+	if err := k.s.opts.Backend.Ready(ctx, req.Serializable); err != nil {
+		return nil, err
+	}
 	view := k.s.opts.View()
 	defer view.Release()
 	res, err := how(view, ctx, req)
@@ -231,6 +235,9 @@ func (k *kvServer) Txn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnRespon
 
 func (k *kvServer) readTxn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnResponse, err error) {
 	defer k.s.metrics.request("ReadonlyTxn", time.Now(), &err)
+	if err := k.s.opts.Backend.Ready(ctx, serializable(req)); err != nil {
+		return nil, toStatus(err)
+	}
 	view := k.s.opts.View()
 	defer view.Release()
 	resp, err := view.Txn(ctx, req)
@@ -292,6 +299,19 @@ func onlyReads(ops []*pb.RequestOp) bool {
 			}
 		default:
 			return false
+		}
+	}
+	return true
+}
+
+// serializable tells whether every read of a Txn that only reads asks for no more than what this server has (etcd:
+// txn.IsTxnSerializable).
+func serializable(req *pb.TxnRequest) bool {
+	for _, ops := range [][]*pb.RequestOp{req.GetSuccess(), req.GetFailure()} {
+		for _, op := range ops {
+			if r := op.GetRequestRange(); r == nil || !r.Serializable {
+				return false
+			}
 		}
 	}
 	return true

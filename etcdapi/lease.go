@@ -37,7 +37,10 @@ func (l *leaseServer) LeaseRevoke(ctx context.Context, req *pb.LeaseRevokeReques
 }
 
 // LeaseTimeToLive answers TTL -1 for a lease that does not exist or has expired (rpc.proto).
-func (l *leaseServer) LeaseTimeToLive(_ context.Context, req *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+func (l *leaseServer) LeaseTimeToLive(ctx context.Context, req *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+	if err := l.s.opts.Backend.Ready(ctx, false); err != nil {
+		return nil, toStatus(err)
+	}
 	resp := &pb.LeaseTimeToLiveResponse{Header: l.s.header(nil), ID: req.ID, TTL: -1}
 	if status, ok := l.s.opts.Backend.Lease(req.ID, req.Keys); ok {
 		resp.TTL, resp.GrantedTTL = status.TTL, status.GrantedTTL
@@ -48,7 +51,10 @@ func (l *leaseServer) LeaseTimeToLive(_ context.Context, req *pb.LeaseTimeToLive
 	return resp, nil
 }
 
-func (l *leaseServer) LeaseLeases(context.Context, *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
+func (l *leaseServer) LeaseLeases(ctx context.Context, _ *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
+	if err := l.s.opts.Backend.Ready(ctx, false); err != nil {
+		return nil, toStatus(err)
+	}
 	ids := l.s.opts.Backend.Leases()
 	resp := &pb.LeaseLeasesResponse{Header: l.s.header(nil), Leases: make([]*pb.LeaseStatus, len(ids))}
 	for i, id := range ids {

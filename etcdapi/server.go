@@ -58,6 +58,9 @@ type State interface {
 	Stats() backend.Stats
 	Alarms() []*pb.AlarmMember
 	Err() error
+	// Ready returns when what is read from now on may be answered: holding everything that was committed, by whatever
+	// process, when it was called; or, where the read is serializable, whatever this one has.
+	Ready(ctx context.Context, serializable bool) error
 	WaitCompacted(ctx context.Context, rev int64) error
 }
 

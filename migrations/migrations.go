@@ -6,6 +6,9 @@
 // than this binary is refused before anything in it is changed. There is no way down: restore a backup.
 //
 // Up must be called by one process at a time; the caller holds the database's lock.
+//
+// A Postgres schema may be in use by several processes while one of them brings it up. A file says whether older ones may
+// go on writing after it: what it leaves in meta, writer_schema, is the oldest schema version that a writer must know.
 package migrations
 
 import (
@@ -16,22 +19,58 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"strings"
+	"testing/fstest"
 
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
 )
 
-// Dialect names a database and the folder with its files.
-type Dialect string
+// Dialect names a kind of database, and where in it the tables lie.
+type Dialect struct {
+	folder string // with its files
+	schema string // quoted; empty where there are none
+}
 
 // SQLite is for databases opened with the database/sql driver "sqlite" (modernc.org/sqlite).
-const SQLite Dialect = "sqlite"
+var SQLite = Dialect{folder: "sqlite"}
+
+// Postgres is for a schema of a database opened with pgx. Its name is quoted already where that is needed. The schema must be there.
+func Postgres(schema string) Dialect { return Dialect{folder: "postgres", schema: schema} }
 
 // versionTable is where the database keeps its version. Its name is a public API like those of the other tables.
 const versionTable = "schema_version"
 
-//go:embed sqlite/*.sql
+// table is the name of one of our tables as statements write it.
+func (d Dialect) table(name string) string {
+	if d.schema == "" {
+		return name
+	}
+	return d.schema + "." + name
+}
+
+//go:embed sqlite/*.sql postgres/*.sql
 var files embed.FS
+
+// source returns the files, with the name of the schema put in.
+func (d Dialect) source() (fs.FS, error) {
+	if d.schema == "" {
+		return fs.Sub(files, d.folder)
+	}
+	names, err := fs.Glob(files, d.folder+"/*.sql")
+	if err != nil {
+		return nil, err
+	}
+	filled := make(fstest.MapFS)
+	for _, name := range names {
+		text, err := files.ReadFile(name)
+		if err != nil {
+			return nil, err
+		}
+		filled[strings.TrimPrefix(name, d.folder+"/")] = &fstest.MapFile{Data: []byte(strings.ReplaceAll(string(text), "${schema}", d.schema))}
+	}
+	return filled, nil
+}
 
 // NewerSchemaError says that the database was written by a newer quire than this one.
 type NewerSchemaError struct {
@@ -46,9 +85,9 @@ func (e *NewerSchemaError) Error() string {
 
 // Latest is the newest schema version this binary knows, 0 for a dialect without files.
 func Latest(dialect Dialect) int64 {
-	names, err := fs.Glob(files, string(dialect)+"/*.sql")
+	names, err := fs.Glob(files, dialect.folder+"/*.sql")
 	if err != nil {
-		panic(fmt.Sprintf("migrations: dialect %q is no folder name: %v", string(dialect), err))
+		panic(fmt.Sprintf("migrations: dialect %q is no folder name: %v", dialect.folder, err))
 	}
 	var latest int64
 	for _, name := range names {
@@ -70,14 +109,17 @@ func Version(ctx context.Context, db *sql.DB, dialect Dialect) (int64, error) {
 	// Not the provider's GetDBVersion: that one creates the table when it is missing. And asked here, because goose's
 	// store for SQLite cannot tell a missing table from another failure.
 	var exists bool
-	const find = `SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?)`
-	if err := db.QueryRowContext(ctx, find, versionTable).Scan(&exists); err != nil {
+	find := `SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?)`
+	if dialect.schema != "" {
+		find = `SELECT to_regclass($1) IS NOT NULL`
+	}
+	if err := db.QueryRowContext(ctx, find, dialect.table(versionTable)).Scan(&exists); err != nil {
 		return 0, fmt.Errorf("read the schema version: %w", err)
 	}
 	if !exists {
 		return 0, nil
 	}
-	store, err := database.NewStore(gooseDialect, versionTable)
+	store, err := database.NewStore(gooseDialect, dialect.table(versionTable))
 	if err != nil {
 		return 0, fmt.Errorf("read the schema version: %w", err)
 	}
@@ -92,7 +134,7 @@ func Version(ctx context.Context, db *sql.DB, dialect Dialect) (int64, error) {
 }
 
 // Up brings db to the latest schema version. A database that is there already is only read.
-// A newer one is refused with a *NewerSchemaError.
+// A newer one is refused with a *NewerSchemaError, unless it says that this binary may still write to it.
 func Up(ctx context.Context, db *sql.DB, dialect Dialect) error {
 	gooseDialect, err := dialect.goose()
 	if err != nil {
@@ -104,17 +146,17 @@ func Up(ctx context.Context, db *sql.DB, dialect Dialect) error {
 	}
 	latest := Latest(dialect)
 	if version > latest {
-		return &NewerSchemaError{Database: version, Latest: latest}
+		return refuseNewer(ctx, db, dialect, version, latest)
 	}
 	if version == latest {
 		return nil
 	}
-	folder, err := fs.Sub(files, string(dialect))
+	folder, err := dialect.source()
 	if err != nil {
 		return fmt.Errorf("migrate the schema: %w", err)
 	}
 	provider, err := goose.NewProvider(gooseDialect, db, folder,
-		goose.WithTableName(versionTable),
+		goose.WithTableName(dialect.table(versionTable)),
 		goose.WithSlog(slog.New(slog.DiscardHandler)), // nothing below etcdapi logs
 		goose.WithDisableGlobalRegistry(true))
 	if err != nil {
@@ -126,11 +168,30 @@ func Up(ctx context.Context, db *sql.DB, dialect Dialect) error {
 	return nil
 }
 
+// refuseNewer returns why a database with a newer schema cannot be used, nil when it can.
+func refuseNewer(ctx context.Context, db *sql.DB, dialect Dialect, version, latest int64) error {
+	newer := &NewerSchemaError{Database: version, Latest: latest}
+	if dialect.schema == "" {
+		return newer
+	}
+	var writer int64
+	query := "SELECT value FROM " + dialect.table("meta") + " WHERE name = 'writer_schema'"
+	if err := db.QueryRowContext(ctx, query).Scan(&writer); err != nil {
+		return errors.Join(newer, fmt.Errorf("and it does not say who may write to it: %w", err))
+	}
+	if writer > latest {
+		return newer
+	}
+	return nil
+}
+
 func (d Dialect) goose() (goose.Dialect, error) {
-	switch d {
-	case SQLite:
+	switch d.folder {
+	case "sqlite":
 		return goose.DialectSQLite3, nil
+	case "postgres":
+		return goose.DialectPostgres, nil
 	default:
-		return "", fmt.Errorf("no schema for dialect %q", string(d))
+		return "", fmt.Errorf("no schema for dialect %q", d.folder)
 	}
 }

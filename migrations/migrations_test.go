@@ -205,13 +205,13 @@ func TestEveryFileSaysWhatItEnablesAndWhoCanOpenIt(t *testing.T) {
 
 func TestAnUnknownDialectIsAnError(t *testing.T) {
 	db, _ := open(t)
-	if err := Up(t.Context(), db, "oracle"); err == nil {
+	if err := Up(t.Context(), db, Dialect{folder: "oracle"}); err == nil {
 		t.Error("Up accepted dialect oracle")
 	}
-	if _, err := Version(t.Context(), db, "oracle"); err == nil {
+	if _, err := Version(t.Context(), db, Dialect{folder: "oracle"}); err == nil {
 		t.Error("Version accepted dialect oracle")
 	}
-	if n := Latest("oracle"); n != 0 {
+	if n := Latest(Dialect{folder: "oracle"}); n != 0 {
 		t.Errorf("Latest(oracle) = %d", n)
 	}
 }

@@ -14,6 +14,9 @@ import (
 
 // runCheck is `quire check`: exit code 0 when the database is sound, 1 when it is not or cannot be read.
 func runCheck(ctx context.Context, c *config, stdout, stderr io.Writer) int {
+	if c.Postgres.URL != "" {
+		return report(stderr, errors.New("quire check reads SQLite databases; --storage names Postgres"))
+	}
 	if _, err := os.Stat(c.StoragePath); errors.Is(err, fs.ErrNotExist) {
 		return report(stderr, fmt.Errorf("there is no database at %s; name it with --data-dir or --storage", c.StoragePath))
 	}

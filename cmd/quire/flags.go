@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+
+	"github.com/quire-db/quire/backend"
 )
 
 // etcd's defaults (server/v3/embed, the const block above Config), which are ours too.
@@ -32,8 +34,9 @@ type config struct {
 	Name    string
 	DataDir string // never empty after load: "<name>.etcd" is etcd's default
 	Storage string // as given; path in StoragePath
-	// StoragePath is the database file.
+	// StoragePath is the database file, or the URL of the Postgres database without its password.
 	StoragePath string
+	Postgres    backend.PostgresOptions // no URL: the storage is SQLite
 
 	ListenClientURLs     urlList
 	ListenClientHTTPURLs urlList // not empty: HTTP is served only here, gRPC only on ListenClientURLs
@@ -110,7 +113,11 @@ func newFlagSet(c *config) *pflag.FlagSet {
 
 	fs.StringVar(&c.Name, "name", defaultName, "Human-readable name for this member.")
 	fs.StringVar(&c.DataDir, "data-dir", "", "Path to the data directory (default \"${name}.etcd\").")
-	fs.StringVar(&c.Storage, "storage", "", "Where the data is kept: sqlite:///absolute/path or sqlite://relative/path (default \"sqlite://${data-dir}/quire.db\").")
+	fs.StringVar(&c.Storage, "storage", "", "Where the data is kept: sqlite:///absolute/path, sqlite://relative/path or postgres://user@host:5432/database (default \"sqlite://${data-dir}/quire.db\").")
+	fs.StringVar(&c.Postgres.Schema, "postgres-schema", "quire", "Schema of the Postgres database that holds the tables; all processes that name the same one serve the same data.")
+	fs.StringVar(&c.Postgres.ListenURL, "postgres-listen-url", "", "How to reach the Postgres server itself, for notifications, where --storage names a pooler (empty: as --storage).")
+	fs.IntVar(&c.Postgres.MaxConnections, "postgres-max-connections", 8, "Connections to Postgres that this process opens at most, 6 or more.")
+	fs.DurationVar(&c.Postgres.PollInterval, "postgres-poll-interval", time.Second, "How often to look for what other processes wrote when no notification comes.")
 	fs.Int64Var(&c.ValueCacheBytes, "value-cache-bytes", 0, "Memory for values kept resident, in bytes (0: quire chooses).")
 
 	urls := func(p *urlList, name, value, usage string) {
@@ -398,13 +405,21 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 	if c.DataDir == "" {
 		c.DataDir = c.Name + ".etcd"
 	}
-	path, err := storagePath(c.Storage, c.DataDir)
-	if err != nil {
-		return err
-	}
-	// Absolute, so that the log tells where the data lies whatever the working directory was.
-	if c.StoragePath, err = filepath.Abs(path); err != nil {
-		return err
+	if scheme, _, _ := strings.Cut(c.Storage, "://"); scheme == "postgres" || scheme == "postgresql" {
+		c.Postgres.URL, c.Postgres.Name = c.Storage, c.Name
+		c.StoragePath = backend.RedactPostgresURL(c.Storage)
+		if err := c.Postgres.Check(); err != nil {
+			return fmt.Errorf("--storage, --postgres-…: %w", err)
+		}
+	} else {
+		path, err := storagePath(c.Storage, c.DataDir)
+		if err != nil {
+			return err
+		}
+		// Absolute, so that the log tells where the data lies whatever the working directory was.
+		if c.StoragePath, err = filepath.Abs(path); err != nil {
+			return err
+		}
 	}
 	noteIneffective(fs, c)
 	return nil
@@ -422,10 +437,10 @@ func storagePath(storage, dataDir string) (string, error) {
 	}
 	switch scheme {
 	case "sqlite":
-	case "postgres", "postgresql", "sqlraft":
-		return "", fmt.Errorf("--storage %s:// is not available in this version of quire; use sqlite:///absolute/path", scheme)
+	case "sqlraft":
+		return "", fmt.Errorf("--storage %s:// is not available in this version of quire; use sqlite:///absolute/path or postgres://user@host:5432/database", scheme)
 	default:
-		return "", fmt.Errorf("--storage %s:// is not known; use sqlite:///absolute/path", scheme)
+		return "", fmt.Errorf("--storage %s:// is not known; use sqlite:///absolute/path or postgres://user@host:5432/database", scheme)
 	}
 	if strings.Contains(rest, "?") {
 		return "", fmt.Errorf("--storage %q: a sqlite path takes no ?options", storage)

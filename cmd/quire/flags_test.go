@@ -151,7 +151,7 @@ func TestRefusedFlags(t *testing.T) {
 		{args: "--cipher-suites ROT13", want: `unexpected TLS cipher suite "ROT13"`},
 		{args: "--cert-file c", want: "give both --cert-file and --key-file"},
 		{args: "--etcd-version three", want: "not a semantic version"},
-		{args: "--storage postgres://u:geheim@h/db", want: "not available in this version"},
+		{args: "--storage sqlraft:///db", want: "not available in this version"},
 		{args: "--storage mysql://h/db", want: "not known"},
 		{args: "--storage /var/lib/x.db", want: "has no scheme"},
 		{args: "--storage sqlite://", want: "names no file"},

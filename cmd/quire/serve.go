@@ -72,6 +72,10 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	if err != nil {
 		return fmt.Errorf("cannot open %s: %w", c.StoragePath, err) // the backend says what to do
 	}
+	if shared := db.ClusterID(); shared != 0 {
+		// All processes are one member, with several doors.
+		id = identity{MemberID: shared, ClusterID: clusterID([]uint64{shared})}
+	}
 	defer func() {
 		if cerr := db.Close(); cerr != nil {
 			err = errors.Join(err, fmt.Errorf("closing %s: %w", c.StoragePath, cerr))
@@ -196,7 +200,7 @@ func checkDataDir(c *config) error {
 func openStorage(ctx context.Context, c *config, id identity, watch *storageWatch) (*backend.DB, error) {
 	var last atomic.Int64
 	begin := time.Now()
-	return backend.OpenSQLite(ctx, c.StoragePath, backend.Options{
+	options := backend.Options{
 		QuotaBytes:      c.QuotaBackendBytes,
 		ValueCacheBytes: c.ValueCacheBytes,
 		MemberID:        id.MemberID,
@@ -222,7 +226,11 @@ func openStorage(ctx context.Context, c *config, id identity, watch *storageWatc
 			StorageError:  watch.failed,
 			StorageHealed: watch.healed,
 		},
-	})
+	}
+	if c.Postgres.URL != "" {
+		return backend.OpenPostgres(ctx, c.Postgres, options)
+	}
+	return backend.OpenSQLite(ctx, c.StoragePath, options)
 }
 
 // storageWatch tells log, metrics and health how the storage does. A storage that fails does so at every batch: the

@@ -1,0 +1,222 @@
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// pgStoredRow reads the columns of the row statements; its bytes are valid until the next row.
+func pgStoredRow(r pgRow) storedRow {
+	return storedRow{rev: r.int8(1), create: r.int8(3), version: r.int8(4), lease: r.int8(5), deleted: r.bool(6), key: r[8], value: r[9]}
+}
+
+// read lends a reading connection to f.
+func (p *pgLog) read(ctx context.Context, f func(ctx context.Context, c *pgconn.PgConn) error) error {
+	if err := p.usable(); err != nil {
+		return err
+	}
+	p.busy.Add(1)
+	defer p.busy.Add(-1)
+	var lane *pgLane
+	select {
+	case lane = <-p.readers:
+		defer func() { p.readers <- lane }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	within, cancel := context.WithTimeout(ctx, pgReadTimeout)
+	defer cancel()
+	c, err := lane.open(within)
+	if err == nil {
+		err = f(within, c)
+	}
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return p.explain(err)
+}
+
+// missing says what it means that a row is not there: another process deletes rows that a compaction made unreachable
+// when all have said that they need them no more, or when this one was not heard of for long.
+func (p *pgLog) missing(id int64) error {
+	return fmt.Errorf("row %d is gone: %w", id, ErrCompacted)
+}
+
+// frame reads a row for apply.
+func (p *pgLog) frame(id int64) (Frame, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), pgReadTimeout)
+	defer cancel()
+	return p.row(ctx, id)
+}
+
+func (p *pgLog) row(ctx context.Context, id int64) (f Frame, err error) {
+	err = p.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
+		return pgQuery(ctx, c, p.sql.row, new(pgArgs).int8(id), func(r pgRow) error {
+			w := pgStoredRow(r)
+			f = w.frame()
+			return nil
+		})
+	})
+	if err == nil && f == nil {
+		err = p.missing(id)
+	}
+	return f, err
+}
+
+func (p *pgLog) rows(ctx context.Context, ids []int64, each func(i int, f Frame)) error {
+	place := make(map[int64]int, len(ids))
+	for i, id := range ids {
+		place[id] = i
+	}
+	found := 0
+	err := p.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
+		return pgQuery(ctx, c, p.sql.rows, new(pgArgs).int8s(len(ids), func(i int) int64 { return ids[i] }), func(r pgRow) error {
+			w := pgStoredRow(r)
+			found++
+			each(place[r.int8(0)], w.frame())
+			return nil
+		})
+	})
+	if err == nil && found < len(place) {
+		err = p.missing(ids[0])
+	}
+	return err
+}
+
+// How many rows of history are read at once: few at first, as they may be long, and more while they are short.
+const (
+	pgHistoryRows    = 64
+	pgHistoryRowsMax = 4096
+	pgHistoryBytes   = 1 << 20
+)
+
+func (p *pgLog) history(ctx context.Context, start int64, h *historyPage) error {
+	for most := int64(pgHistoryRows); ; {
+		count, bytes, more := int64(0), 0, true
+		err := p.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
+			return pgQuery(ctx, c, p.sql.rowsFrom, new(pgArgs).int8(start).int8(most), func(r pgRow) error {
+				count++
+				start = r.int8(0) + 1
+				w := pgStoredRow(r)
+				bytes += len(w.value)
+				more = more && h.take(&w)
+				return nil
+			})
+		})
+		switch {
+		case err != nil:
+			return err
+		case !more:
+			return nil
+		case count < most:
+			h.end()
+			return nil
+		case bytes < pgHistoryBytes:
+			most = min(2*most, pgHistoryRowsMax)
+		}
+	}
+}
+
+// pgNews is what others have written after a position.
+type pgNews struct {
+	from    pgPosition
+	first   pgPosition // the batch at from, as the database has it
+	found   bool
+	commits []committed
+}
+
+func newPgNews(from pgPosition) *pgNews { return &pgNews{from: from} }
+
+// askNews adds two statements to a batch. Each sees what is committed when it begins, so the second may see more than the
+// first: it is bounded by what the first can see, which does not change.
+func (p *pgLog) askNews(batch *pgconn.Batch, from pgPosition) {
+	const most = pgNewsBatches + 1
+	a := new(pgArgs).int8(from.seq).int8(most)
+	batch.ExecParams(p.sql.commitsFrom, a.values, a.oids, a.formats, binaryResults)
+	a = new(pgArgs).int8(from.seq).int8(most).int8(from.lastID)
+	batch.ExecParams(p.sql.rowsOfCommits, a.values, a.oids, a.formats, binaryResults)
+}
+
+// read takes in the results of a batch of statements, of which the first so many are others than askNews's.
+func (n *pgNews) read(results *pgconn.MultiResultReader, skip int) error {
+	at := 0 // the commit that the next row belongs to
+	for i := 0; results.NextResult(); i++ {
+		err := pgRead(results.ResultReader(), func(r pgRow) error {
+			switch i - skip {
+			case 0:
+				return n.addCommit(r)
+			case 1:
+				id := r.int8(0)
+				for at < len(n.commits) && n.commits[at].lastID < id {
+					at++
+				}
+				if at < len(n.commits) {
+					n.commits[at].rows = append(n.commits[at].rows, newsRow(r))
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return errors.Join(err, results.Close())
+		}
+	}
+	return results.Close()
+}
+
+func (n *pgNews) addCommit(r pgRow) error {
+	at := pgPosition{seq: r.int8(0), token: r.uuid(1), lastID: r.int8(2)}
+	if !n.found {
+		n.first, n.found = at, true
+		return nil
+	}
+	c := committed{pgPosition: at, at: r.int8(3), compacted: r.int8(9)}
+	ids, ttls, deadlines := r.int8s(4), r.int8s(5), r.int8s(6)
+	for i := range ids {
+		c.leases = append(c.leases, leaseChange{id: ids[i], ttl: ttls[i], deadline: deadlines[i]})
+	}
+	if !r.null(7) {
+		c.alarms = make(alarmSet)
+		members, kinds := r.int8s(7), r.int8s(8)
+		for i := range members {
+			c.alarms[alarmKey{uint64(members[i]), pb.AlarmType(kinds[i])}] = struct{}{}
+		}
+	}
+	n.commits = append(n.commits, c)
+	return nil
+}
+
+// newsRow copies a row: what it is read into is used again.
+func newsRow(r pgRow) row {
+	buf := make([]byte, 0, len(r[8])+len(r[9]))
+	buf = append(append(buf, r[8]...), r[9]...)
+	key := buf[:len(r[8]):len(r[8])]
+	return row{
+		id: r.int8(0), rev: r.int8(1), sub: r.int8(2), create: r.int8(3), version: r.int8(4), lease: r.int8(5),
+		deleted: r.bool(6), author: r.text(7), key: key, value: buf[len(r[8]):],
+	}
+}
+
+// check makes sure that what was read follows what this process knows.
+func (n *pgNews) check() error {
+	if !n.found || n.first.seq == n.from.seq && n.first.token != n.from.token {
+		return fmt.Errorf("%w: batch %d is not there any more, or is another one. The database was restored from a backup, or a standby that lacked the newest transactions was promoted. This process goes on refusing all requests rather than go back in time: restart every quire and then every client, such as kube-apiserver, which must forget what it has read (docs/postgres.md)",
+			ErrHistoryLost, n.from.seq)
+	}
+	if n.first.seq != n.from.seq {
+		return fmt.Errorf("%w: this process was away for so long that batches after %d, which it has not read, are deleted: restart it", ErrHistoryLost, n.from.seq)
+	}
+	for i, next := 0, n.from.seq+1; i < len(n.commits); i, next = i+1, next+1 {
+		if n.commits[i].seq != next {
+			return fmt.Errorf("%w: batch %d is missing: restart this process", ErrHistoryLost, next)
+		}
+	}
+	return nil
+}
+
+// more says whether there may be more than was asked for.
+func (n *pgNews) more() bool { return len(n.commits) == pgNewsBatches }
