@@ -103,7 +103,7 @@ func (db *DB) newBatch(now, wall int64) *batch {
 		alarms: db.alarms.current(),
 		leases: leaseChanges{table: &db.leases},
 	}
-	b.reader = reader{index: db.index, keys: st.keys, rev: st.rev, compact: st.compact, row: b.readRow}
+	b.reader = reader{index: db.index, keys: st.keys, rev: st.rev, compact: st.compact, row: b.readRow, rows: b.readRows}
 	return b
 }
 
@@ -115,6 +115,17 @@ func (b *batch) readRow(_ context.Context, id int64) (Frame, error) {
 	}
 	f, err := b.db.log.frame(id)
 	return f, b.db.log.explain(err)
+}
+
+func (b *batch) readRows(ctx context.Context, ids []int64, each func(i int, f Frame)) error {
+	for i, id := range ids {
+		f, err := b.readRow(ctx, id)
+		if err != nil {
+			return err
+		}
+		each(i, f)
+	}
+	return nil
 }
 
 // next begins a Command.

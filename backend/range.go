@@ -44,8 +44,9 @@ type reader struct {
 	keys    keyOrder // exact at rev: an entry is live when its key exists at rev
 	rev     int64    // newest revision visible
 	compact int64    // -1: never compacted
-	// row reads the Frame of a row whose value is not resident.
-	row func(ctx context.Context, id int64) (Frame, error)
+	// row reads the Frame of a row whose value is not resident, rows those of many, in any order.
+	row  func(ctx context.Context, id int64) (Frame, error)
+	rows func(ctx context.Context, ids []int64, each func(i int, f Frame)) error
 	// ring holds the newest events, those up to rev and maybe later ones, for counting at revisions shortly before it; nil inside a batch.
 	ring *eventRing
 }
@@ -83,7 +84,6 @@ type RangeResult struct {
 
 // found is one key of an answer on its way.
 type found struct {
-	n     uint32
 	r     *record
 	frame Frame
 	key   []byte // only where the frame is not read
@@ -159,6 +159,42 @@ func (rd *reader) frame(ctx context.Context, n uint32, r *record) (Frame, error)
 	return rd.index.vals.fill(n, f), nil
 }
 
+// wanted is a Frame that is not resident, and where it goes.
+type wanted struct {
+	at int
+	n  uint32
+	r  *record
+}
+
+// fetchRows is how many rows are asked for at once, and fetchBytes what their keys and values may come to.
+const (
+	fetchRows  = 1024
+	fetchBytes = 4 << 20
+)
+
+// fetch reads Frames that are not resident and passes each with its place.
+func (rd *reader) fetch(ctx context.Context, all []wanted, put func(at int, f Frame)) error {
+	var ids []int64
+	for len(all) > 0 {
+		n, bytes := 0, 0
+		ids = ids[:0]
+		for n < len(all) && n < fetchRows && (n == 0 || bytes < fetchBytes) {
+			ids = append(ids, all[n].r.id)
+			bytes += int(all[n].r.size)
+			n++
+		}
+		part := all[:n]
+		all = all[n:]
+		err := rd.rows(ctx, ids, func(i int, f Frame) {
+			put(part[i].at, rd.index.vals.fill(part[i].n, f))
+		})
+		if err != nil {
+			return fmt.Errorf("reading %d values: %w", n, err)
+		}
+	}
+	return nil
+}
+
 // revision resolves a request's revision against the state (0 and less: the newest).
 func (rd *reader) revision(rev int64) (int64, error) {
 	switch {
@@ -218,6 +254,7 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 		res.KVs = make([]Frame, 0, min(int64(limit), quick, maxRoomAhead))
 	}
 	var all []found
+	var missing []wanted // their places in all, or in res.KVs
 	seen := 0
 	rd.visit(k, rev, order == keyDescending, func(key []byte, n uint32, r *record) bool {
 		seen++
@@ -232,11 +269,11 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 		if filtered && !revisionsMatch(req, r) {
 			return true
 		}
-		f := found{n: n, r: r}
+		f := found{r: r}
 		if keysOnly {
 			f.key = append([]byte(nil), key...)
-		} else if f.frame, err = rd.frame(ctx, n, r); err != nil {
-			return false
+		} else if f.frame = rd.index.vals.get(r); f.frame == nil {
+			missing = append(missing, wanted{len(all) + len(res.KVs), n, r})
 		}
 		if direct {
 			res.KVs = append(res.KVs, f.frame)
@@ -244,6 +281,16 @@ func (rd *reader) rangeKeys(ctx context.Context, req *pb.RangeRequest, counted b
 			all = append(all, f)
 		}
 		return true
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = rd.fetch(ctx, missing, func(at int, f Frame) {
+		if direct {
+			res.KVs[at] = f
+		} else {
+			all[at].frame = f
+		}
 	})
 	if err != nil {
 		return nil, err

@@ -95,7 +95,7 @@ func (db *DB) publish() {
 
 // readerAt is a reader of committed state over a tree; its rows come from the reading connections.
 func (db *DB) readerAt(t *tree) reader {
-	return reader{index: db.index, keys: t, rev: db.st.rev, compact: db.st.compact, row: db.log.row, ring: &db.ring}
+	return reader{index: db.index, keys: t, rev: db.st.rev, compact: db.st.compact, row: db.log.row, rows: db.log.rows, ring: &db.ring}
 }
 
 // reclaim frees what was retired with Views that nobody holds any more, oldest first.

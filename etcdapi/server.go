@@ -157,8 +157,8 @@ type Server struct {
 	metrics *Metrics
 	health  *health.Server
 
-	stopping context.Context // done once Close was called
-	stop     context.CancelFunc
+	stopping context.Context // done once Close was called, or no stream can be served any more for another reason
+	stop     context.CancelCauseFunc
 }
 
 // New returns a Server for o. It panics when Backend, View or Watcher is missing: that is a programming error.
@@ -193,7 +193,7 @@ func New(o Options) *Server {
 		metrics: o.Metrics,
 		health:  health.NewServer(),
 	}
-	s.stopping, s.stop = context.WithCancel(context.Background())
+	s.stopping, s.stop = context.WithCancelCause(context.Background())
 	s.metrics.attach(s)
 	if err := o.Backend.Err(); err != nil {
 		s.StorageFailed(err)
@@ -244,21 +244,21 @@ func (s *Server) RegisterGRPC(g *grpc.Server) {
 // Close ends the watch and keepalive streams with ErrGRPCStopped and reports NOT_SERVING, so that a following
 // grpc.Server.GracefulStop waits for unary requests only. It may be called more than once.
 func (s *Server) Close() {
-	s.stop()
+	s.stop(backend.ErrClosed)
 	s.health.Shutdown()
 }
 
-// streamContext is ctx, cancelled also by Close. The caller must call cancel.
+// streamContext is ctx, cancelled also when s.stopping is. The caller must call cancel.
 func (s *Server) streamContext(ctx context.Context) (_ context.Context, cancel context.CancelFunc) {
 	ctx, cancelCause := context.WithCancelCause(ctx)
-	unlink := context.AfterFunc(s.stopping, func() { cancelCause(backend.ErrClosed) })
+	unlink := context.AfterFunc(s.stopping, func() { cancelCause(context.Cause(s.stopping)) })
 	return ctx, func() { unlink(); cancelCause(nil) }
 }
 
 // streamEnd is the status of a stream that ended because its context did: stopped by us, or left by the client.
 func streamEnd(ctx context.Context) error {
-	if errors.Is(context.Cause(ctx), backend.ErrClosed) {
-		return toStatus(backend.ErrClosed)
+	if cause := context.Cause(ctx); errors.Is(cause, backend.ErrClosed) || errors.Is(cause, backend.ErrHistoryLost) {
+		return toStatus(cause)
 	}
 	return ctx.Err()
 }
