@@ -30,8 +30,9 @@ type PostgresOptions struct {
 	MaxConnections int
 	// PollInterval is how often to look for what others wrote when no notification comes. 0: 1 s.
 	PollInterval time.Duration
-	// Name of this process, for people who look into the table process.
-	Name string
+	// Name of this process, and where it serves clients: the others tell theirs.
+	Name       string
+	ClientURLs []string
 }
 
 const (

@@ -14,9 +14,10 @@ import (
 // which are all, one does.
 const (
 	pgReportEvery  = 5 * time.Second
-	pgSilentFor    = 10 * time.Minute // a process that comes back after that may have to be restarted
-	pgSweepClaim   = 30 * time.Second // how long the others leave it to one that has begun
-	pgSweepRows    = 2000             // deleted at once
+	pgAliveFor     = 3 * pgReportEvery // after its last report a process is taken to serve
+	pgSilentFor    = 10 * time.Minute  // a process that comes back after that may have to be restarted
+	pgSweepClaim   = 30 * time.Second  // how long the others leave it to one that has begun
+	pgSweepRows    = 2000              // deleted at once
 	pgSweepPoll    = 20 * time.Millisecond
 	pgSweepPollMax = 2 * time.Second
 	pgPingAfter    = 30 * time.Second
@@ -36,7 +37,7 @@ func (p *pgLog) report(ctx context.Context, seq, released int64) error {
 	if err != nil {
 		return err
 	}
-	args := new(pgArgs).uuid(p.id).text(p.opts.Name).int8(seq).int8(released)
+	args := new(pgArgs).uuid(p.id).text(p.opts.Name).texts(len(p.opts.ClientURLs), func(i int) string { return p.opts.ClientURLs[i] }).int8(seq).int8(released)
 	sent := time.Now()
 	return pgQuery(ctx, c, p.sql.report, args, func(r pgRow) error {
 		p.bytes.Store(r.int8(0))

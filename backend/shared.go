@@ -63,6 +63,24 @@ func (db *DB) startShared() {
 	go db.reportLoop()
 }
 
+// ClientURLs are the URLs of all processes on the database; nil where there is only one process, or the database cannot be
+// asked.
+func (db *DB) ClientURLs(ctx context.Context) (urls []string) {
+	if db.shared == nil {
+		return nil
+	}
+	err := db.shared.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
+		return pgQuery(ctx, c, db.shared.sql.clientURLs, new(pgArgs).int8(pgAliveFor.Microseconds()), func(r pgRow) error {
+			urls = append(urls, r.text(0))
+			return nil
+		})
+	})
+	if err != nil {
+		return nil
+	}
+	return urls
+}
+
 // ClusterID is a number that all processes on one database have in common, 0 where there is only one.
 func (db *DB) ClusterID() uint64 {
 	if db.shared == nil {

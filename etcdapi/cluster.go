@@ -13,9 +13,14 @@ type clusterServer struct {
 	pb.UnsafeClusterServer // a new method of the service must break the build
 }
 
-// MemberList answers with this one member. Like etcd's, its header has no revision.
-func (c *clusterServer) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberListResponse, error) {
+// MemberList answers with this one member, and all the doors that it has. Like etcd's, its header has no revision.
+func (c *clusterServer) MemberList(ctx context.Context, _ *pb.MemberListRequest) (*pb.MemberListResponse, error) {
 	id := c.s.opts.Identity
+	if f := c.s.opts.ClientURLs; f != nil {
+		if urls := f(ctx); len(urls) > 0 {
+			id.ClientURLs = urls
+		}
+	}
 	return &pb.MemberListResponse{
 		Header:  c.s.headerWithoutRevision(nil),
 		Members: []*pb.Member{{ID: id.MemberID, Name: id.Name, PeerURLs: id.PeerURLs, ClientURLs: id.ClientURLs}},

@@ -119,8 +119,10 @@ type Options struct {
 	// are refused with ErrGRPCNoLeader while there is none.
 	Leader   func() bool
 	Identity Identity
-	Metrics  *Metrics // nil: metrics with a registry of their own
-	Hooks    Hooks
+	// ClientURLs returns those of all processes that serve the store; nil, or an empty answer: those of Identity.
+	ClientURLs func(ctx context.Context) []string
+	Metrics    *Metrics // nil: metrics with a registry of their own
+	Hooks      Hooks
 
 	EtcdVersion          string        // the etcd version answered with; empty: that of the api module
 	MaxRequestBytes      uint          // --max-request-bytes; 0: 1.5 MiB

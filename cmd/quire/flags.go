@@ -406,7 +406,7 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 		c.DataDir = c.Name + ".etcd"
 	}
 	if scheme, _, _ := strings.Cut(c.Storage, "://"); scheme == "postgres" || scheme == "postgresql" {
-		c.Postgres.URL, c.Postgres.Name = c.Storage, c.Name
+		c.Postgres.URL, c.Postgres.Name, c.Postgres.ClientURLs = c.Storage, c.Name, c.AdvertiseClientURLs.Strings()
 		c.StoragePath = backend.RedactPostgresURL(c.Storage)
 		if err := c.Postgres.Check(); err != nil {
 			return fmt.Errorf("--storage, --postgres-…: %w", err)

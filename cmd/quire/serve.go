@@ -116,6 +116,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 			ClusterID: id.ClusterID, MemberID: id.MemberID, RaftTerm: func() uint64 { return raftTerm },
 			Name: c.Name, PeerURLs: c.AdvertisePeerURLs.Strings(), ClientURLs: c.AdvertiseClientURLs.Strings(),
 		},
+		ClientURLs:           db.ClientURLs,
 		Metrics:              metrics,
 		EtcdVersion:          c.EtcdVersion,
 		MaxRequestBytes:      c.MaxRequestBytes,

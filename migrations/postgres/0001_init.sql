@@ -99,6 +99,7 @@ COMMENT ON TABLE ${schema}.meta IS 'Single facts: compact_revision (missing: nev
 CREATE TABLE ${schema}.process (
     id         uuid   NOT NULL PRIMARY KEY,
     name       text   NOT NULL,
+    urls       text[] NOT NULL,
     started_at bigint NOT NULL,
     seen_at    bigint NOT NULL,
     seq        bigint NOT NULL,
@@ -106,6 +107,7 @@ CREATE TABLE ${schema}.process (
     sweeping   bigint NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50, autovacuum_vacuum_threshold = 50);
 COMMENT ON TABLE ${schema}.process IS 'The quire processes that serve this schema, or did not long ago: a row that any of them may still need is not deleted.';
+COMMENT ON COLUMN ${schema}.process.urls IS 'where it serves clients (--advertise-client-urls)';
 COMMENT ON COLUMN ${schema}.process.seen_at IS 'when it last reported here, microseconds since 1970, UTC, by the clock of the database';
 COMMENT ON COLUMN ${schema}.process.seq IS 'the batch up to which it has read commits';
 COMMENT ON COLUMN ${schema}.process.released IS 'the compaction revision before which nobody reads through it any more';
@@ -274,13 +276,13 @@ $$;
 COMMENT ON FUNCTION ${schema}.delete_rows(bigint[]) IS 'Deletes compacted rows.';
 
 -- +goose StatementBegin
-CREATE FUNCTION ${schema}.report(me uuid, my_name text, my_seq bigint, my_released bigint,
+CREATE FUNCTION ${schema}.report(me uuid, my_name text, my_urls text[], my_seq bigint, my_released bigint,
                                  OUT bytes bigint, OUT swept bigint, OUT clock bigint) LANGUAGE plpgsql VOLATILE AS
 $$
 BEGIN
     clock := ${schema}.now_us();
-    INSERT INTO ${schema}.process AS p (id, name, started_at, seen_at, seq, released)
-    VALUES (me, my_name, clock, clock, my_seq, my_released)
+    INSERT INTO ${schema}.process AS p (id, name, urls, started_at, seen_at, seq, released)
+    VALUES (me, my_name, my_urls, clock, clock, my_seq, my_released)
         ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, seq = excluded.seq, released = excluded.released;
     bytes := pg_total_relation_size('${schema}.revisions') + pg_total_relation_size('${schema}.commits')
            + pg_total_relation_size('${schema}.lease');
@@ -288,7 +290,7 @@ BEGIN
 END
 $$;
 -- +goose StatementEnd
-COMMENT ON FUNCTION ${schema}.report(uuid, text, bigint, bigint) IS 'A process says that it lives and how far it is; the size of the store.';
+COMMENT ON FUNCTION ${schema}.report(uuid, text, text[], bigint, bigint) IS 'A process says that it lives and how far it is; the size of the store.';
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.claim_sweep(me uuid, target bigint, silent_us bigint, claim_us bigint) RETURNS bigint LANGUAGE plpgsql VOLATILE AS
