@@ -98,6 +98,23 @@ need-sqlite3:
 		echo 'installing the sqlite3 shell, which is missing here'; \
 		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends sqlite3; }
 
+# The Postgres tests start servers of their own, and poolers: neither the cluster that Debian's package would make nor
+# its pgbouncer service is to run.
+.PHONY: need-postgres
+need-postgres:
+	@newest=$$(for program in /usr/lib/postgresql/*/bin/postgres /usr/pgsql-*/bin/postgres $$(command -v postgres || true); do \
+			test ! -x $$program || $$program --version; \
+		done | sed -E 's/^postgres \(PostgreSQL\) ([0-9]+).*/\1/' | sort -n | tail -n 1); \
+	test "$${newest:-0}" -ge 15 || { \
+		echo 'installing PostgreSQL, which is missing here'; \
+		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql-common && \
+		sed -Ei 's/^#?create_main_cluster *=.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends postgresql; }
+	@command -v pgbouncer >/dev/null || test -x /usr/sbin/pgbouncer || { \
+		echo 'installing pgbouncer, which is missing here'; \
+		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends pgbouncer && \
+		{ test ! -d /run/systemd/system || systemctl disable --now pgbouncer; }; }
+
 ## Testing
 
 .PHONY: test

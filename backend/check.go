@@ -31,7 +31,7 @@ func CheckSQLite(ctx context.Context, path string, progress func(done, total int
 	if err != nil {
 		return CheckReport{}, err
 	}
-	c := &checker{keys: make(map[string]checkedKey), leases: make(map[int64]bool), compact: -1}
+	c := newChecker()
 	err = c.run(ctx, file.writer, progress)
 	if e := asSQLiteError(err); e != nil && e.corrupt() {
 		c.problem("SQLite: %v: what could be read is above; stop here, restore a backup or try `sqlite3 FILE .recover`", e)
@@ -45,6 +45,14 @@ type checkedKey struct {
 	deleted                     bool
 }
 
+// checkedRow is a row as a storage reads it for a check; its bytes are valid during the call only.
+type checkedRow struct {
+	checkedKey
+	id, sub, at, size int64
+	key               []byte
+	notBytes          bool // its key or value is stored as something else
+}
+
 type checker struct {
 	report  CheckReport
 	keys    map[string]checkedKey
@@ -52,6 +60,10 @@ type checker struct {
 	compact int64
 
 	id, rev, sub, at int64
+}
+
+func newChecker() *checker {
+	return &checker{keys: make(map[string]checkedKey), leases: make(map[int64]bool), compact: -1, rev: 1}
 }
 
 func (c *checker) problem(format string, args ...any) {
@@ -72,8 +84,7 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 	}
 	err = eachRow(db, sqliteMeta, func(s *stmt) error {
 		if s.columnText(0) == metaCompactRevision {
-			c.compact = s.columnInt64(1)
-			c.report.CompactRevision = max(c.compact, 0)
+			c.compacted(s.columnInt64(1))
 		}
 		return nil
 	})
@@ -81,24 +92,13 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 		return err
 	}
 	err = eachRow(db, sqliteLeases, func(s *stmt) error {
-		c.leases[s.columnInt64(0)] = true
-		if ttl := s.columnInt64(1); ttl <= 0 || ttl > maxLeaseTTL {
-			c.problem("lease %016x was granted %d seconds", s.columnInt64(0), ttl)
-		}
-		if s.columnInt64(2) <= 0 {
-			c.problem("lease %016x has no deadline", s.columnInt64(0))
-		}
+		c.lease(leaseChange{id: s.columnInt64(0), ttl: s.columnInt64(1), deadline: s.columnInt64(2)})
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	err = eachRow(db, sqliteAlarms, func(s *stmt) error {
-		if a := pb.AlarmType(s.columnInt64(1)); a != pb.AlarmType_NOSPACE && a != pb.AlarmType_CORRUPT {
-			c.problem("alarm %d is of no known type", a)
-		}
-		return nil
-	})
+	err = eachRow(db, sqliteAlarms, func(s *stmt) error { c.alarm(s.columnInt64(1)); return nil })
 	if err != nil {
 		return err
 	}
@@ -106,20 +106,55 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 	if err != nil {
 		return err
 	}
-	c.rev = 1
 	err = eachRow(db, sqliteCheckRows, func(s *stmt) error {
-		c.row(s)
-		if c.report.Rows++; c.report.Rows%loadProgressRows == 0 || c.report.Rows == total {
-			if progress != nil {
-				progress(c.report.Rows, total)
-			}
-			return ctx.Err()
-		}
-		return nil
+		return c.next(ctx, &checkedRow{
+			checkedKey: checkedKey{rev: s.columnInt64(1), create: s.columnInt64(3), version: s.columnInt64(4), lease: s.columnInt64(5), deleted: s.columnInt64(6) != 0},
+			id:         s.columnInt64(0), sub: s.columnInt64(2), at: s.columnInt64(7), size: s.columnInt64(8), key: s.columnBlob(9),
+			notBytes: s.columnText(10) != "blob" || s.columnText(11) != "blob",
+		}, total, progress)
 	})
 	if err != nil {
 		return err
 	}
+	c.finish()
+	return nil
+}
+
+func (c *checker) compacted(rev int64) {
+	c.compact = rev
+	c.report.CompactRevision = max(rev, 0)
+}
+
+func (c *checker) lease(l leaseChange) {
+	c.leases[l.id] = true
+	if l.ttl <= 0 || l.ttl > maxLeaseTTL {
+		c.problem("lease %016x was granted %d seconds", l.id, l.ttl)
+	}
+	if l.deadline <= 0 {
+		c.problem("lease %016x has no deadline", l.id)
+	}
+}
+
+func (c *checker) alarm(kind int64) {
+	if a := pb.AlarmType(kind); a != pb.AlarmType_NOSPACE && a != pb.AlarmType_CORRUPT {
+		c.problem("alarm %d is of no known type", a)
+	}
+}
+
+// next takes the next row of about total.
+func (c *checker) next(ctx context.Context, w *checkedRow, total int64, progress func(done, total int64)) error {
+	c.row(w)
+	if c.report.Rows++; c.report.Rows%loadProgressRows == 0 || c.report.Rows == total {
+		if progress != nil {
+			progress(c.report.Rows, total)
+		}
+		return ctx.Err()
+	}
+	return nil
+}
+
+// finish is called after the last row.
+func (c *checker) finish() {
 	if c.compact > c.rev {
 		c.problem("compacted at revision %d, but the newest revision is %d", c.compact, c.rev)
 	}
@@ -133,14 +168,11 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 		}
 	}
 	c.report.Revision, c.report.Leases = c.rev, int64(len(c.leases))
-	return nil
 }
 
 // row checks one row against those before it. Keys and values are not printed: they may be secrets.
-func (c *checker) row(s *stmt) {
-	id, rev, sub := s.columnInt64(0), s.columnInt64(1), s.columnInt64(2)
-	k := checkedKey{rev: rev, create: s.columnInt64(3), version: s.columnInt64(4), lease: s.columnInt64(5), deleted: s.columnInt64(6) != 0}
-	at, size := s.columnInt64(7), s.columnInt64(8)
+func (c *checker) row(w *checkedRow) {
+	k, id, rev, sub, at := w.checkedKey, w.id, w.rev, w.sub, w.at
 	switch {
 	case id <= c.id:
 		c.problem("row %d follows row %d", id, c.id)
@@ -162,16 +194,16 @@ func (c *checker) row(s *stmt) {
 	if at < c.at {
 		c.problem("row %d: revision %d was committed before the one in front of it", id, rev)
 	}
-	key := string(s.columnBlob(9))
+	key := string(w.key)
 	prev, seen := c.keys[key]
 	known := seen && rev > c.compact
-	if len(key) == 0 || s.columnText(10) != "blob" || s.columnText(11) != "blob" {
+	if len(key) == 0 || w.notBytes {
 		c.problem("row %d: its key is empty, or its key or value is not stored as bytes", id)
 	}
 	switch {
 	case seen && prev.rev == rev:
 		c.problem("row %d: revision %d holds its key twice", id, rev)
-	case k.deleted && (k.create != 0 || k.version != 0 || k.lease != 0 || size != 0):
+	case k.deleted && (k.create != 0 || k.version != 0 || k.lease != 0 || w.size != 0):
 		c.problem("row %d: a tombstone with a version, lease or value", id)
 	case k.deleted && rev > c.compact && (!seen || prev.deleted):
 		c.problem("row %d: revision %d deletes a key that does not exist", id, rev)

@@ -13,7 +13,7 @@ import (
 	"github.com/quire-db/quire/test/postgres"
 )
 
-// openShared3 opens a database from n processes' worth of DBs.
+// openPostgresTest opens a database that is closed, and checked as a whole, when the test ends.
 func openPostgresTest(t *testing.T, o PostgresOptions, options Options) *DB {
 	t.Helper()
 	db, err := OpenPostgres(t.Context(), o, options)
@@ -23,6 +23,13 @@ func openPostgresTest(t *testing.T, o PostgresOptions, options Options) *DB {
 	t.Cleanup(func() {
 		if err := db.Close(); err != nil {
 			t.Errorf("close: %v", err)
+		}
+		found, err := CheckPostgres(context.Background(), o, nil)
+		if err != nil {
+			t.Errorf("check: %v", err)
+		}
+		for _, problem := range found.Problems {
+			t.Errorf("check: %s", problem)
 		}
 	})
 	return db
@@ -196,8 +203,6 @@ func TestPostgresCompactionAndRestart(t *testing.T) {
 		}
 		cancel()
 	}
-	s := postgres.Shared(t)
-	_ = s
 	c := openPostgresTest(t, o, Options{})
 	if got := c.Stats(); got.Keys != 9 || got.CompactRevision != 502 || got.Revision != 502 {
 		t.Errorf("after a restart: %+v", got)

@@ -16,7 +16,7 @@ type pgStatements struct {
 	commitsFrom, rowsOfCommits                     string
 	row, rows, rowsFrom                            string
 	lastID, compactRevision, leases, alarms        string
-	countRows, loadRows                            string
+	countRows, loadRows, checkRows                 string
 	channel, clusterID, clientURLs                 string
 	report, leave, claimSweep, finishSweep, delete string
 }
@@ -41,6 +41,8 @@ func newPgStatements(schema string) pgStatements {
 		lastID:        in(`SELECT last_id FROM ${schema}.commits ORDER BY seq DESC LIMIT 1`),
 		// The rows are there in the order of their ids after a while only: they have to be sorted.
 		loadRows: in(`SELECT id, rev, create_rev, version, lease, deleted, octet_length(value)::bigint, committed_at, key
+			FROM ${schema}.revisions ORDER BY id`),
+		checkRows: in(`SELECT id, rev, sub::bigint, create_rev, version, lease, deleted, committed_at, octet_length(value)::bigint, key
 			FROM ${schema}.revisions ORDER BY id`),
 		countRows:       in(`SELECT reltuples::bigint FROM pg_catalog.pg_class WHERE oid = '${schema}.revisions'::regclass`),
 		compactRevision: in(`SELECT value FROM ${schema}.meta WHERE name = 'compact_revision'`),

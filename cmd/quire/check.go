@@ -14,14 +14,19 @@ import (
 
 // runCheck is `quire check`: exit code 0 when the database is sound, 1 when it is not or cannot be read.
 func runCheck(ctx context.Context, c *config, stdout, stderr io.Writer) int {
-	if c.Postgres.URL != "" {
-		return report(stderr, errors.New("quire check reads SQLite databases; --storage names Postgres"))
+	check := func(progress func(done, total int64)) (backend.CheckReport, error) {
+		return backend.CheckPostgres(ctx, c.Postgres, progress)
 	}
-	if _, err := os.Stat(c.StoragePath); errors.Is(err, fs.ErrNotExist) {
-		return report(stderr, fmt.Errorf("there is no database at %s; name it with --data-dir or --storage", c.StoragePath))
+	if c.Postgres.URL == "" {
+		if _, err := os.Stat(c.StoragePath); errors.Is(err, fs.ErrNotExist) {
+			return report(stderr, fmt.Errorf("there is no database at %s; name it with --data-dir or --storage", c.StoragePath))
+		}
+		check = func(progress func(done, total int64)) (backend.CheckReport, error) {
+			return backend.CheckSQLite(ctx, c.StoragePath, progress)
+		}
 	}
 	progress, clear := progressLine(stderr)
-	found, err := backend.CheckSQLite(ctx, c.StoragePath, progress)
+	found, err := check(progress)
 	clear()
 	if err != nil {
 		return report(stderr, fmt.Errorf("check %s: %w", c.StoragePath, err))
