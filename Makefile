@@ -138,13 +138,23 @@ conformance: build ## the conformance suite against etcd and bin/quire
 differential: build ## random operations on etcd and quire side by side (N=100000 SEED=…)
 	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential -args -n=$(or $(N),100000) $(if $(SEED),-seed=$(SEED))
 
+.PHONY: test-postgres
+test-postgres: build build-race $(PEERS)/kube-apiserver need-postgres ## the suites on PostgreSQL, with one process and with several (N=30000 differential operations each, SEED=…)
+	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 10m -run Postgres ./backend
+	cd test/etcd && QUIRE_STORAGE=postgres QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m -skip '^TestEtcd$$' ./start ./conformance/...
+	for processes in 1 3; do \
+		(cd test/etcd && QUIRE_STORAGE=postgres QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential \
+			-args -processes=$$processes -n=$(or $(N),30000) $(if $(SEED),-seed=$(SEED))); \
+	done
+	cd test/k8s && QUIRE_STORAGE=postgres QUIRE_TEST_SERVER=$(BIN)/quire $(GO) test -count=1 -parallel 12 -timeout 10m -v .
+
 .PHONY: crash
 crash: build ## kill -9 under load, then look what is left (N=500 cycles, SEED=…)
 	cd test/load && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./crash -args -cycles=$(or $(N),500) $(if $(SEED),-seed=$(SEED))
 
 .PHONY: test-k8s
 test-k8s: build $(PEERS)/kube-apiserver ## a real kube-apiserver on quire, driven by client-go (QUIRE_TEST_SERVER=bin/peers/etcd tries it on etcd)
-	cd test/k8s && QUIRE_TEST_SERVER=$(abspath $(or $(QUIRE_TEST_SERVER),bin/quire)) $(GO) test -count=1 -parallel 12 -timeout 10m -v .
+	cd test/k8s && QUIRE_TEST_SERVER=$(abspath $(or $(QUIRE_TEST_SERVER),bin/quire)) $(GO) test -count=1 -parallel 12 -timeout 10m -v -run '^TestKubernetes$$' .
 
 .PHONY: fuzz
 fuzz: ## every fuzz test for a short time (FUZZTIME=10s)
@@ -163,6 +173,7 @@ test-all: ## everything: lint, verify, test, fuzz, long differential and crash r
 	$(MAKE) lint
 	$(MAKE) verify
 	$(MAKE) test
+	$(MAKE) test-postgres
 	$(MAKE) fuzz
 	$(MAKE) differential N=500000
 	$(MAKE) crash N=200
@@ -198,6 +209,10 @@ bench-quick: build $(PEERS)/etcd $(PEERS)/kine
 .PHONY: bench-scale
 bench-scale: build $(PEERS)/etcd ## 1M keys with 3M revisions, then 20 GiB; writes docs/performance.md too (ARGS='-scale 20g')
 	cd test/load && $(GO) run ./bench -scale 1m,20g -seconds 10s $(ARGS)
+
+.PHONY: bench-postgres
+bench-postgres: build $(PEERS)/etcd $(PEERS)/kine need-postgres ## one and three quires, and kine, on PostgreSQL, and etcd; writes docs/performance.md too (ARGS=-bloat: an hour of updates)
+	cd test/load && $(GO) run ./bench -postgres $(ARGS)
 
 .PHONY: profile
 profile: build ## where quire's CPU, allocations and waits go; writes docs/performance.md too (ARGS='-seconds 30s')

@@ -70,6 +70,7 @@ type batch struct {
 	failure      error
 	was          savedState
 	applied      time.Time // when apply was done
+	graced       int64     // see DB.graced
 }
 
 type undoWrite struct {
@@ -118,14 +119,32 @@ func (b *batch) readRow(_ context.Context, id int64) (Frame, error) {
 }
 
 func (b *batch) readRows(ctx context.Context, ids []int64, each func(i int, f Frame)) error {
+	if b.db.shared == nil {
+		for i, id := range ids {
+			f, err := b.readRow(ctx, id)
+			if err != nil {
+				return err
+			}
+			each(i, f)
+		}
+		return nil
+	}
+	// Those that are not of this batch in one round trip: other processes may be waiting for this one.
+	var old []int64
+	var places []int
 	for i, id := range ids {
-		f, err := b.readRow(ctx, id)
-		if err != nil {
+		if id < b.was.nextID {
+			old, places = append(old, id), append(places, i)
+		} else if f, err := b.readRow(ctx, id); err == nil {
+			each(i, f)
+		} else {
 			return err
 		}
-		each(i, f)
 	}
-	return nil
+	if len(old) == 0 {
+		return nil
+	}
+	return b.db.log.rows(ctx, old, func(i int, f Frame) { each(places[i], f) })
 }
 
 // next begins a Command.

@@ -83,6 +83,12 @@ func (db *DB) Write(ctx context.Context, cmd Command) (proto.Message, error) {
 	if g, ok := cmd.Request.(*pb.LeaseGrantRequest); ok && g.ID == 0 {
 		return db.grantDrawn(ctx, cmd, g)
 	}
+	if db.shared != nil {
+		// Nobody waits in the queue for a database that is not there.
+		if err := db.shared.usable(); err != nil {
+			return nil, err
+		}
+	}
 	p := &pending{cmd: cmd, size: proto.Size(cmd.Request)}
 	if err := db.submit(ctx, p); err != nil {
 		return nil, err
@@ -267,6 +273,13 @@ func (db *DB) commitBatch(items []*pending) {
 		}
 		db.suspect = false
 	}
+	if db.shared != nil {
+		defer db.shared.end()
+		if err := db.shared.begin(db.replay); err != nil {
+			db.fail(items, err)
+			return
+		}
+	}
 	b := db.applyBatch(items, start)
 	for b != nil {
 		err := error(nil)
@@ -300,6 +313,7 @@ func (db *DB) commitBatch(items []*pending) {
 			db.st.others++
 		}
 	}
+	db.graced = max(db.graced, b.graced)
 	db.show(b)
 
 	h := &db.opts.Hooks
@@ -351,6 +365,9 @@ func (db *DB) show(b *batch) {
 		db.alarms.set(b.alarms)
 	}
 	db.storeCounters()
+	if db.shared != nil {
+		db.shared.show()
+	}
 	if moved {
 		db.notify(db.st.rev)
 	}

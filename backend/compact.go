@@ -151,6 +151,9 @@ func (db *DB) compactOnce() error {
 	if db.shared != nil {
 		removeRows = db.sweepShared
 	}
+	if err := db.clearNoSpace(); err != nil {
+		return err
+	}
 	rows, err := removeRows(target)
 	if err != nil {
 		return err
@@ -160,9 +163,6 @@ func (db *DB) compactOnce() error {
 		if h := db.opts.Hooks.CompactionDone; h != nil {
 			h(target, rows, time.Since(start))
 		}
-	}
-	if err := db.clearNoSpace(); err != nil {
-		return err
 	}
 	return db.vacuum()
 }

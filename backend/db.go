@@ -31,7 +31,9 @@ type DB struct {
 	broken  error // why the last batch could not
 	// graceBefore: whatever lease was due at or before this time (DB.now) ran out while nobody could renew it.
 	graceBefore int64
-	err         atomic.Pointer[error]
+	// graced is the end of the last silence of a shared database for which leases were prolonged.
+	graced int64
+	err    atomic.Pointer[error]
 
 	opened      time.Time // with its monotonic clock, see now
 	drawLeaseID func() int64
@@ -88,6 +90,7 @@ func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, er
 	db.queue.init()
 	db.leases.init()
 	db.compactor.init()
+	db.heads.init()
 	db.ctx, db.cancel = context.WithCancel(context.Background())
 	if err := db.load(ctx); err != nil {
 		return nil, err
@@ -136,6 +139,9 @@ func (db *DB) Close() error {
 			close(p.done)
 		}
 		db.cancel()
+		if db.shared != nil {
+			db.shared.beginClosing()
+		}
 		db.background.Wait()
 		q.whenIdle()
 		close(q.wake)
@@ -165,7 +171,11 @@ func (db *DB) wall(t time.Time) int64 {
 
 // storeCounters copies what Stats reports of the committer's state. REQUIRES: the commit token.
 func (db *DB) storeCounters() {
-	db.appliedIndex.Store(uint64(db.st.nextID-1) + db.st.others)
+	others := db.st.others
+	if db.shared != nil {
+		others = uint64(db.shared.position().seq) // the same number in every process
+	}
+	db.appliedIndex.Store(uint64(db.st.nextID-1) + others)
 	db.logical.Store(db.st.logical)
 }
 

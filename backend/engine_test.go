@@ -37,6 +37,12 @@ func closeAndCheck(t *testing.T, db *DB, path string) {
 		t.Errorf("close: %v", err)
 	}
 	report, err := CheckSQLite(context.Background(), path, nil)
+	sound(t, report, err)
+}
+
+// sound demands that a check of the whole database has found nothing.
+func sound(t *testing.T, report CheckReport, err error) {
+	t.Helper()
 	if err != nil {
 		t.Errorf("check: %v", err)
 	}
@@ -112,6 +118,11 @@ func (m *model) at(key string, rev int64) *mvccpb.KeyValue {
 
 func (m *model) put(key, value string) {
 	m.rev++
+	m.putNow(key, value)
+}
+
+// putNow is a put that belongs to the newest revision.
+func (m *model) putNow(key, value string) {
 	kv := &mvccpb.KeyValue{Key: []byte(key), Value: []byte(value), CreateRevision: m.rev, ModRevision: m.rev, Version: 1}
 	if old := m.at(key, m.rev); old != nil {
 		kv.CreateRevision, kv.Version = old.CreateRevision, old.Version+1
@@ -142,6 +153,11 @@ func (m *model) deleteRange(from, end string) {
 		return
 	}
 	m.rev++
+	m.deleteNow(doomed)
+}
+
+// deleteNow is a deletion that belongs to the newest revision.
+func (m *model) deleteNow(doomed []*mvccpb.KeyValue) {
 	for _, kv := range doomed {
 		tomb := &mvccpb.KeyValue{Key: kv.Key, ModRevision: m.rev}
 		m.keys[string(kv.Key)] = append(m.keys[string(kv.Key)], tomb)
@@ -157,51 +173,116 @@ func TestModel(t *testing.T) {
 	for _, cache := range []int64{1, 3 << 20, 64 << 20} {
 		t.Run(fmt.Sprintf("cache=%d", cache), func(t *testing.T) {
 			path := testPath(t)
-			opts := Options{ValueCacheBytes: cache}
-			db, err := OpenSQLite(t.Context(), path, opts)
-			if err != nil {
-				t.Fatal(err)
-			}
-			m := newModel()
-			for i := range 600 {
-				key := fmt.Sprintf("k%02d", rnd.IntN(30))
-				switch p := rnd.IntN(100); {
-				case p < 65:
-					value := string(bytes.Repeat([]byte{byte(i)}, rnd.IntN(3000)))
-					mustPut(t, db, key, value)
-					m.put(key, value)
-				case p < 85:
-					end := key + "\x00"
-					if rnd.IntN(4) == 0 {
-						end = fmt.Sprintf("k%02d", rnd.IntN(30))
-					}
-					mustWrite(t, db, &pb.DeleteRangeRequest{Key: []byte(key), RangeEnd: []byte(end)})
-					m.deleteRange(key, end)
-				case p < 90 && m.rev > m.compact:
-					m.compact = max(m.compact, 0) + 1 + rnd.Int64N(m.rev-max(m.compact, 0))
-					mustWrite(t, db, &pb.CompactionRequest{Revision: m.compact})
-					if rnd.IntN(2) == 0 {
-						if err := db.WaitCompacted(t.Context(), m.compact); err != nil {
-							t.Fatal(err)
-						}
-					}
-				case p < 92:
-					closeAndCheck(t, db, path)
-					if db, err = OpenSQLite(t.Context(), path, opts); err != nil {
+			playModel(t, rnd, modelStore{
+				operations: 600,
+				processes:  1,
+				open: func() *DB {
+					db, err := OpenSQLite(t.Context(), path, Options{ValueCacheBytes: cache})
+					if err != nil {
 						t.Fatal(err)
 					}
-				default:
-					compareWithModel(t, db, m, rnd)
+					return db
+				},
+				close: func(db *DB) { closeAndCheck(t, db, path) },
+			})
+		})
+	}
+}
+
+// modelStore is a database to compare with the model. Several processes may have it open at once; each operation goes
+// to one of them.
+type modelStore struct {
+	operations int
+	processes  int
+	open       func() *DB
+	close      func(*DB)
+}
+
+func playModel(t *testing.T, rnd *rand.Rand, s modelStore) {
+	t.Helper()
+	dbs := make([]*DB, s.processes)
+	for i := range dbs {
+		dbs[i] = s.open()
+	}
+	m := newModel()
+	newKey := func() string { return fmt.Sprintf("k%02d", rnd.IntN(30)) }
+	for i := range s.operations {
+		at := rnd.IntN(len(dbs))
+		db, key := dbs[at], newKey()
+		newValue := func() string { return string(bytes.Repeat([]byte{byte(i)}, rnd.IntN(3000))) }
+		switch p := rnd.IntN(100); {
+		case p < 55:
+			value := newValue()
+			if rev := mustPut(t, db, key, value); rev != m.rev+1 {
+				t.Fatalf("a put made revision %d, want %d", rev, m.rev+1)
+			}
+			m.put(key, value)
+		case p < 65:
+			m.txn(t, db, key, newKey(), newValue())
+		case p < 85:
+			end := key + "\x00"
+			if rnd.IntN(4) == 0 {
+				end = newKey()
+			}
+			mustWrite(t, db, &pb.DeleteRangeRequest{Key: []byte(key), RangeEnd: []byte(end)})
+			m.deleteRange(key, end)
+		case p < 90 && m.rev > m.compact:
+			m.compact = max(m.compact, 0) + 1 + rnd.Int64N(m.rev-max(m.compact, 0))
+			mustWrite(t, db, &pb.CompactionRequest{Revision: m.compact})
+			if rnd.IntN(2) == 0 {
+				if err := db.WaitCompacted(t.Context(), m.compact); err != nil {
+					t.Fatal(err)
 				}
 			}
+		case p < 92:
+			s.close(db)
+			dbs[at] = s.open()
+		default:
 			compareWithModel(t, db, m, rnd)
-			closeAndCheck(t, db, path)
-		})
+		}
+	}
+	for _, db := range dbs {
+		compareWithModel(t, db, m, rnd)
+	}
+	for _, db := range dbs {
+		s.close(db)
+	}
+}
+
+// txn puts one key if another exists, and else deletes it and puts two: what depends on what is there, and makes several
+// rows at one revision.
+func (m *model) txn(t *testing.T, db *DB, key, other, value string) {
+	t.Helper()
+	if key == other {
+		return
+	}
+	put := func(key string) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(key), Value: []byte(value)}}}
+	}
+	resp := mustWrite(t, db, &pb.TxnRequest{
+		Compare: []*pb.Compare{{Key: []byte(other), Target: pb.Compare_VERSION, Result: pb.Compare_GREATER, TargetUnion: &pb.Compare_Version{}}},
+		Success: []*pb.RequestOp{put(key), deleteOp(other, "")},
+		Failure: []*pb.RequestOp{put(other), put(key)},
+	}).(*pb.TxnResponse)
+	there := m.at(other, m.rev)
+	m.rev++
+	if there != nil {
+		m.putNow(key, value)
+		m.deleteNow([]*mvccpb.KeyValue{there})
+	} else {
+		m.putNow(other, value)
+		m.putNow(key, value)
+	}
+	if resp.Succeeded != (there != nil) || resp.Header.Revision != m.rev {
+		t.Fatalf("a Txn succeeded: %t, at revision %d; want %t, %d", resp.Succeeded, resp.Header.Revision, there != nil, m.rev)
 	}
 }
 
 func compareWithModel(t *testing.T, db *DB, m *model, rnd *rand.Rand) {
 	t.Helper()
+	if err := db.Linearizable(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	v := db.View()
 	defer v.Release()
 	if v.Revision() != m.rev || v.compact != m.compact {
@@ -263,12 +344,17 @@ func compareWithModel(t *testing.T, db *DB, m *model, rnd *rand.Rand) {
 
 // TestReadersDuringWrites: a View does not change, whatever is written, compacted and freed meanwhile.
 func TestReadersDuringWrites(t *testing.T) {
-	path := testPath(t)
-	db := openTest(t, path, Options{ValueCacheBytes: 2 << 20})
+	readDuringWrites(t, 300, openTest(t, testPath(t), Options{ValueCacheBytes: 2 << 20}))
+}
+
+// readDuringWrites reads from and writes to processes on one database, all at once; each of four writers writes so often.
+func readDuringWrites(t *testing.T, writes int, dbs ...*DB) {
+	t.Helper()
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	var reads atomic.Int64
-	for range 3 {
+	for r := range 3 {
+		db := dbs[r%len(dbs)]
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
@@ -313,7 +399,8 @@ func TestReadersDuringWrites(t *testing.T) {
 		go func() {
 			defer writers.Done()
 			rnd := rand.New(rand.NewPCG(uint64(w), 1))
-			for i := range 300 {
+			for i := range writes {
+				db := dbs[rnd.IntN(len(dbs))]
 				key := fmt.Sprintf("k%02d", rnd.IntN(50))
 				var req proto.Message = &pb.PutRequest{Key: []byte(key), Value: append([]byte(key), make([]byte, rnd.IntN(4000))...)}
 				switch {
@@ -331,7 +418,7 @@ func TestReadersDuringWrites(t *testing.T) {
 	writers.Wait()
 	close(stop)
 	wg.Wait()
-	t.Logf("%d reads beside %d revisions", reads.Load(), db.Revision())
+	t.Logf("%d reads beside %d revisions", reads.Load(), dbs[0].Revision())
 }
 
 // TestCompactionFreesMemory: what compaction removes is used again, and a held View delays it.

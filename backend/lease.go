@@ -281,13 +281,22 @@ const restartGrace = 10 * time.Second
 // applyGrace prolongs the leases that ran out while nobody could renew them. The batch writes it down: a server that
 // restarts again and again must not keep them for ever.
 func (b *batch) applyGrace() {
-	before := b.db.graceBefore
-	if b.db.shared != nil {
-		before = max(before, b.db.shared.contact.graceBefore(b.now))
-	}
-	for due := &b.db.leases.due; len(*due) > 0 && (*due)[0].deadline <= before; {
+	for due := &b.db.leases.due; len(*due) > 0 && (*due)[0].deadline <= b.db.graceBefore; {
 		l := (*due)[0]
 		b.leases.renew(l, b.now+min(l.ttl*1e6, restartGrace.Microseconds()))
+	}
+	if b.db.shared == nil {
+		return
+	}
+	// After a silence also those that are due so soon that their clients, who notice only now that it is over, may be late.
+	b.graced = b.db.shared.contact.graceBefore(b.now)
+	if b.graced <= b.db.graced {
+		return
+	}
+	for _, l := range b.db.leases.byID {
+		if until := b.graced + min(l.ttl*1e6, restartGrace.Microseconds()); l.deadline < until {
+			b.leases.renew(l, until)
+		}
 	}
 }
 

@@ -47,16 +47,30 @@ type pgLog struct {
 	writer, tail, heads, reports pgLane
 	readers                      chan *pgLane // those not in use
 
+	closing      context.Context // done when Close has begun
+	beginClosing context.CancelFunc
+	// unreplicated: a commit did not wait for its standby to the end; belongs to the holder of the commit token.
+	unreplicated bool
+
+	// crowded counts down the batches before which to catch up rather than try, because other processes write too. It
+	// belongs to the holder of the commit token.
+	crowded int
+
 	locked bool // the writer's lock is held, in a transaction; belongs to the holder of the commit token
 	at     struct {
 		sync.Mutex
 		pgPosition               // changed by the holder of the commit token
-		moved      chan struct{} // closed and replaced when it changes
+		shown      int64         // the batch up to which readers see everything, which may be an earlier one
+		moved      chan struct{} // closed and replaced when shown changes
 	}
+	lostInRow  int          // batches that were not committed although nobody was faster; belongs to the holder of the commit token
+	newsAtOnce atomic.Int64 // how many batches are read at once
 
 	down      atomic.Pointer[error] // why the database cannot be used at present
 	lost      atomic.Pointer[error] // why it never can be again by this process
 	kick      chan struct{}         // tells the follower to look
+	writing   atomic.Bool           // a batch is being committed, which reads what others wrote if it has to
+	notified  atomic.Int64          // the newest batch that a notification told of
 	reportNow chan chan error       // asks the reporter to report at once
 	bytes     atomic.Int64
 	busy      atomic.Int64 // reads under way
@@ -65,6 +79,10 @@ type pgLog struct {
 var (
 	// errBehind: another process has written since; nothing of the batch was.
 	errBehind = errors.New("backend: another process was faster")
+	// errUnreplicated: the server says that it did not wait for its synchronous standby.
+	errUnreplicated = errors.New("the commit was told not to wait for the synchronous standby")
+	// errUnresolved: the batch that ours was to follow is not there any more, so it cannot be told what became of ours.
+	errUnresolved = errors.New("the batches around it are deleted or lost")
 )
 
 func newPgToken() (t pgToken) {
@@ -82,6 +100,7 @@ func newPgLog(o PostgresOptions) (*pgLog, error) {
 	}
 	p := &pgLog{opts: o, sql: newPgStatements(o.Schema), id: newPgToken(), pg: pgServer{config: config}, kick: make(chan struct{}, 1), reportNow: make(chan chan error)}
 	p.at.moved = make(chan struct{})
+	p.newsAtOnce.Store(pgNewsBatches)
 	lanes := []*pgLane{&p.writer, &p.tail, &p.heads, &p.reports}
 	p.readers = make(chan *pgLane, o.readers())
 	for range o.readers() {
@@ -92,6 +111,10 @@ func newPgLog(o PostgresOptions) (*pgLog, error) {
 	for _, lane := range lanes {
 		lane.server = &p.pg
 	}
+	writer := p.pg.withoutCancel()
+	writer.config.OnNotice = p.notice
+	p.writer.server = &writer
+	p.closing, p.beginClosing = context.WithCancel(context.Background())
 	return p, nil
 }
 
@@ -107,6 +130,16 @@ func (p *pgLog) moveTo(to pgPosition) {
 	p.at.Lock()
 	defer p.at.Unlock()
 	p.at.pgPosition = to
+}
+
+// show notes that readers see everything up to the position. REQUIRES: the commit token.
+func (p *pgLog) show() {
+	p.at.Lock()
+	defer p.at.Unlock()
+	if p.at.shown == p.at.seq {
+		return
+	}
+	p.at.shown = p.at.seq
 	close(p.at.moved)
 	p.at.moved = make(chan struct{})
 }
@@ -136,6 +169,7 @@ func (p *pgLog) failed(err error) error {
 		return err
 	}
 	err = p.explain(err)
+	p.contact.lose()
 	p.down.Store(&err)
 	p.wake()
 	return err
@@ -147,6 +181,21 @@ func (p *pgLog) forget(why error) error {
 	return *p.lost.Load()
 }
 
+// notice hears what the server says beside its answers. When somebody cancels a commit that waits for a synchronous
+// standby, it says so by a warning alone, and that the commit succeeded (syncrep.c, SyncRepWaitForLSN).
+func (p *pgLog) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
+	if n.Code == "57014" || n.Code == "57P01" {
+		p.unreplicated = true
+	}
+}
+
+// within is a context for what the committer does: it ends after d, and soon when the database is being closed.
+func (p *pgLog) within(d time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	unlink := context.AfterFunc(p.closing, func() { time.AfterFunc(pgCloseGrace, cancel) })
+	return ctx, func() { unlink(); cancel() }
+}
+
 // definite says whether err is the database's own answer that a statement had no effect. An end of the session is none:
 // it can come after the commit.
 func definite(err error) bool {
@@ -154,10 +203,13 @@ func definite(err error) bool {
 	return errors.As(err, &e) && e.SeverityUnlocalized == "ERROR"
 }
 
-// How long the writer waits for an answer, and for the answer to what became of a batch.
+// How long the writer waits for an answer, and for the answer to what became of a batch: that one is counted from when the
+// batch was sent, so that a network that hangs does not cost the client both, but for a last attempt.
 const (
 	pgWriteTimeout   = 5 * time.Second
+	pgCloseGrace     = 500 * time.Millisecond // for a commit that is under way when the database is closed
 	pgResolveTimeout = 5 * time.Second
+	pgResolveLeast   = time.Second
 	pgReadTimeout    = 10 * time.Second
 )
 
@@ -167,8 +219,12 @@ func (p *pgLog) write(b *batch) error {
 	if err := p.usable(); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), pgWriteTimeout)
+	ctx, cancel := p.within(pgWriteTimeout)
 	defer cancel()
+	return p.append(ctx, b)
+}
+
+func (p *pgLog) append(ctx context.Context, b *batch) error {
 	if !b.dirty() {
 		if p.locked {
 			return p.release()
@@ -181,6 +237,7 @@ func (p *pgLog) write(b *batch) error {
 	}
 	from, token := p.position(), newPgToken()
 	args := p.batchArgs(b, from, token)
+	p.unreplicated = false
 	var answer pgAnswer
 	sent := time.Now()
 	if p.locked {
@@ -188,23 +245,33 @@ func (p *pgLog) write(b *batch) error {
 	} else {
 		err = pgQuery(ctx, c, p.sql.commitBatch, args, answer.read)
 	}
+	if err != nil {
+		// Whatever has happened, a transaction that is still open must end before anything else is written.
+		err = errors.Join(err, p.release())
+	}
+	if err == nil && p.unreplicated && answer.token == token {
+		// It is there, but only resolve's own commit will have waited for the standby.
+		err = errUnreplicated
+	}
 	switch {
 	case err == nil:
 	case duplicate(err):
 		// Two wrote at once, which the lock did not prevent: a database that ignores advisory locks.
-		p.locked = false
-		return errBehind
-	case definite(err) || pgconn.SafeToRetry(err):
-		p.locked = false
+		return p.again(err)
+	case definite(err):
 		return p.failed(err)
 	default:
-		p.locked = false
-		found, rerr := p.resolve(from, token)
+		// Not even pgconn.SafeToRetry can be believed: a connection that breaks after the batch was sent is "conn closed" to
+		// it, of which it says that nothing was.
+		found, rerr := p.resolve(from, token, sent)
 		if rerr != nil {
-			return p.failed(fmt.Errorf("%w: it is not known whether the batch was committed: %w", ErrStorage, errors.Join(err, rerr)))
+			err = errors.Join(err, rerr)
+			_ = p.failed(err) // others need not hear of this batch
+			// Not wrapped: a time limit that ended is ours, not the client's.
+			return fmt.Errorf("%w: it is not known whether the batch was committed: %v", ErrStorage, err)
 		}
 		if !found {
-			return errBehind
+			return p.again(err)
 		}
 		answer = pgAnswer{seq: from.seq + 1, token: token}
 	}
@@ -212,8 +279,10 @@ func (p *pgLog) write(b *batch) error {
 		return p.forget(fmt.Errorf("%w: writers must know schema version %d, this quire knows %d: start the newer quire in its place", ErrNewerSchema, answer.required, p.sql.version))
 	}
 	if answer.token != token {
+		p.crowded = pgCrowded
 		return errBehind
 	}
+	p.lostInRow = 0
 	if answer.clock != 0 {
 		p.clock.sample(sent, time.Now(), answer.clock)
 	}
@@ -224,6 +293,19 @@ func (p *pgLog) write(b *batch) error {
 	}
 	p.moveTo(to)
 	return nil
+}
+
+// pgWriteTries is how often a batch is written that fails each time without another process being faster.
+const pgWriteTries = 3
+
+// again is the answer to a batch that certainly was not committed, because of err: it is to be made once more, but not for
+// ever. A batch may be too large for the network, or end the server's process each time.
+func (p *pgLog) again(err error) error {
+	if p.lostInRow++; p.lostInRow < pgWriteTries {
+		return errBehind
+	}
+	p.lostInRow = 0
+	return p.failed(err)
 }
 
 // pgAnswer is what commit_batch and head return.
@@ -262,9 +344,6 @@ func (p *pgLog) writeLocked(ctx context.Context, c *pgconn.PgConn, args *pgArgs)
 		err = cerr
 	}
 	if err != nil {
-		if definite(err) {
-			err = errors.Join(err, p.release())
-		}
 		return a, err
 	}
 	p.locked = false
@@ -274,9 +353,10 @@ func (p *pgLog) writeLocked(ctx context.Context, c *pgconn.PgConn, args *pgArgs)
 	return a, nil
 }
 
+// duplicate: the number of the batch, or the id of its first row, is taken.
 func duplicate(err error) bool {
 	var e *pgconn.PgError
-	return errors.As(err, &e) && e.Code == "23505" && e.ConstraintName == "commits_pkey"
+	return errors.As(err, &e) && e.Code == "23505"
 }
 
 func (p *pgLog) batchArgs(b *batch, from pgPosition, token pgToken) *pgArgs {
@@ -316,35 +396,60 @@ func (p *pgLog) batchArgs(b *batch, from pgPosition, token pgToken) *pgArgs {
 
 // confirm returns errBehind if anybody has written since.
 func (p *pgLog) confirm(ctx context.Context) error {
-	c, err := p.writer.open(ctx)
+	head, err := p.askHead(ctx, &p.writer)
 	if err != nil {
-		return p.failed(err)
+		return err
 	}
-	var head pgAnswer
-	sent := time.Now()
-	if err := pgQuery(ctx, c, p.sql.head, new(pgArgs), head.read); err != nil {
-		return p.failed(err)
-	}
-	p.clock.sample(sent, time.Now(), head.clock)
-	p.contact.made(p.clock.now())
 	if at := p.position(); head.seq != at.seq || head.token != at.token {
 		return errBehind
 	}
 	return nil
 }
 
+// askHead asks for the newest batch.
+func (p *pgLog) askHead(ctx context.Context, lane *pgLane) (head pgAnswer, err error) {
+	var sent time.Time
+	err = lane.ask(ctx, func(c *pgconn.PgConn) error {
+		sent = time.Now()
+		return pgQuery(ctx, c, p.sql.head, new(pgArgs), head.read)
+	})
+	if err != nil {
+		return head, p.failed(err)
+	}
+	p.clock.sample(sent, time.Now(), head.clock)
+	p.contact.made(p.clock.now())
+	return head, nil
+}
+
 // resolve finds out what became of a batch whose answer was lost, and makes sure that it stays so.
-func (p *pgLog) resolve(from pgPosition, token pgToken) (found bool, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), pgResolveTimeout)
+func (p *pgLog) resolve(from pgPosition, token pgToken, sent time.Time) (found bool, err error) {
+	ctx, cancel := p.within(max(time.Until(sent.Add(pgResolveTimeout)), pgResolveLeast))
 	defer cancel()
+	var told error // others need not wait with us
+	defer func() {
+		if err == nil && told != nil {
+			if down := p.down.Load(); down != nil && *down == told {
+				p.down.CompareAndSwap(down, nil)
+			}
+		}
+	}()
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
 		var c *pgconn.PgConn
 		if c, err = p.writer.open(ctx); err == nil {
 			args := new(pgArgs).int8(from.seq).uuid(token).uuid(newPgToken())
-			err = pgQuery(ctx, c, p.sql.resolve, args, func(r pgRow) error { found = r.bool(0); return nil })
+			err = pgQuery(ctx, c, p.sql.resolve, args, func(r pgRow) error {
+				if r.null(0) {
+					return errUnresolved
+				}
+				found = r.bool(0)
+				return nil
+			})
 		}
-		if err == nil {
-			return found, nil
+		if err == nil || errors.Is(err, errUnresolved) {
+			return found, err
+		}
+		if told == nil {
+			told = p.failed(err)
 		}
 		select {
 		case <-ctx.Done():
@@ -367,11 +472,40 @@ type committed struct {
 // pgNewsBatches is how many batches are read at once.
 const pgNewsBatches = 256
 
+// pgCrowded is after how many batches that nobody was in front of the next is tried without catching up first.
+const pgCrowded = 4
+
+// begin is called before a batch is applied, with the commit token, and end after it was written or not.
+func (p *pgLog) begin(replay func(*committed) error) error {
+	p.writing.Store(true)
+	if p.crowded == 0 || p.usable() != nil {
+		return nil
+	}
+	return p.catchUp(replay)
+}
+
+func (p *pgLog) end() {
+	p.writing.Store(false)
+	if p.notified.Load() > p.position().seq {
+		p.wake()
+	}
+}
+
+// tell is told of a batch by the listener, 0 of an unknown one. Our own batches come too, often before their answer is here.
+func (p *pgLog) tell(seq int64) {
+	if seq > p.notified.Load() {
+		p.notified.Store(seq)
+	}
+	if seq == 0 || seq > p.position().seq && !p.writing.Load() {
+		p.wake()
+	}
+}
+
 // catchUp reads what other processes have written and passes it to replay in order, until there is no more; then the
 // writers' lock is held, by which write will end. REQUIRES: the commit token.
 func (p *pgLog) catchUp(replay func(*committed) error) error {
 	for {
-		ctx, cancel := context.WithTimeout(context.Background(), pgWriteTimeout)
+		ctx, cancel := p.within(pgWriteTimeout)
 		more, err := p.catchUpOnce(ctx, replay)
 		cancel()
 		if err != nil || !more {
@@ -381,22 +515,31 @@ func (p *pgLog) catchUp(replay func(*committed) error) error {
 }
 
 func (p *pgLog) catchUpOnce(ctx context.Context, replay func(*committed) error) (more bool, err error) {
-	c, err := p.writer.open(ctx)
+	var news *pgNews
+	err = p.writer.ask(ctx, func(c *pgconn.PgConn) error {
+		var batch pgconn.Batch
+		batch.ExecParams("BEGIN ISOLATION LEVEL READ COMMITTED", nil, nil, nil, nil)
+		batch.ExecParams(p.sql.lock, nil, nil, nil, nil)
+		news = p.newNews()
+		p.askNews(&batch, news)
+		err := p.readNews(news, c.ExecBatch(ctx, &batch), 2)
+		if err != nil {
+			err = errors.Join(err, p.endTransaction(c))
+		}
+		return err
+	})
 	if err != nil {
 		return false, p.failed(err)
-	}
-	var batch pgconn.Batch
-	batch.ExecParams("BEGIN ISOLATION LEVEL READ COMMITTED", nil, nil, nil, nil)
-	batch.ExecParams(p.sql.lock, nil, nil, nil, nil)
-	news := newPgNews(p.position())
-	p.askNews(&batch, news.from)
-	if err := news.read(c.ExecBatch(ctx, &batch), 2); err != nil {
-		return false, p.failed(errors.Join(err, p.endTransaction(c)))
 	}
 	p.locked = true
 	p.contact.made(p.clock.now())
 	if err := news.check(); err != nil {
 		return false, errors.Join(p.forget(err), p.release())
+	}
+	if len(news.commits) == 0 {
+		p.crowded = max(p.crowded-1, 0)
+	} else {
+		p.crowded = pgCrowded
 	}
 	more = news.more()
 	if more {
@@ -427,9 +570,12 @@ func (p *pgLog) endTransaction(c *pgconn.PgConn) error {
 	if c == nil || c.IsClosed() || c.TxStatus() == 'I' {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), pgWriteTimeout)
+	ctx, cancel := p.within(pgWriteTimeout)
 	defer cancel()
 	_, err := c.Exec(ctx, "ROLLBACK").ReadAll()
+	if err != nil {
+		_ = c.Close(ctx) // err says why
+	}
 	return err
 }
 
@@ -458,6 +604,12 @@ func (p *pgLog) close() error {
 		lane.close(ctx)
 	}
 	for range cap(p.readers) {
+		select {
+		case lane := <-p.readers:
+			lane.close(ctx)
+			continue
+		default:
+		}
 		select {
 		case lane := <-p.readers:
 			lane.close(ctx)

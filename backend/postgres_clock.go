@@ -18,22 +18,27 @@ type pgClock struct {
 }
 
 // pgClockKeeps is how long an exact sample is preferred to newer ones that are less exact: clocks drift apart by
-// some 100 µs in that time.
-const pgClockKeeps = 10 * time.Second
+// some 100 µs in that time, and by less than pgClockDrift.
+const (
+	pgClockKeeps = 10 * time.Second
+	pgClockDrift = 10 * time.Millisecond
+)
 
 // sample takes in that the database's clock showed now (µs) between two moments here.
 func (c *pgClock) sample(sent, received time.Time, now int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	half := received.Sub(sent) / 2
-	if !c.at.IsZero() && half > c.error && received.Sub(c.at) < pgClockKeeps {
-		return
-	}
 	if c.origin.IsZero() {
 		c.origin = sent
 	}
-	c.offset = now - sent.Add(half).Sub(c.origin).Microseconds()
-	c.error, c.at = half, received
+	half := received.Sub(sent) / 2
+	offset := now - sent.Add(half).Sub(c.origin).Microseconds()
+	// Two samples that cannot both be right mean that a clock has jumped: this machine slept, or it is another server.
+	fits := max(offset-c.offset, c.offset-offset) <= (half + c.error + pgClockDrift).Microseconds()
+	if !c.at.IsZero() && half > c.error && received.Sub(c.at) < pgClockKeeps && fits {
+		return
+	}
+	c.offset, c.error, c.at = offset, half, received
 }
 
 // now is the database's time, µs since the epoch; 0 before the first sample.
@@ -58,6 +63,13 @@ type pgContact struct {
 func (c *pgContact) made(now int64) {
 	if last := c.last.Swap(now); last != 0 && now-last > c.limit {
 		c.grace.Store(now)
+	}
+}
+
+// lose notes that the database could not be asked: whatever comes next ends a silence.
+func (c *pgContact) lose() {
+	if c.last.Load() != 0 {
+		c.last.Store(1)
 	}
 }
 

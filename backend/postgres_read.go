@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
@@ -15,7 +16,7 @@ func pgStoredRow(r pgRow) storedRow {
 	return storedRow{rev: r.int8(1), create: r.int8(3), version: r.int8(4), lease: r.int8(5), deleted: r.bool(6), key: r[8], value: r[9]}
 }
 
-// read lends a reading connection to f.
+// read lends a reading connection to f, which may be called a second time if the first one had died.
 func (p *pgLog) read(ctx context.Context, f func(ctx context.Context, c *pgconn.PgConn) error) error {
 	if err := p.usable(); err != nil {
 		return err
@@ -31,10 +32,7 @@ func (p *pgLog) read(ctx context.Context, f func(ctx context.Context, c *pgconn.
 	}
 	within, cancel := context.WithTimeout(ctx, pgReadTimeout)
 	defer cancel()
-	c, err := lane.open(within)
-	if err == nil {
-		err = f(within, c)
-	}
+	err := lane.ask(within, func(c *pgconn.PgConn) error { return f(within, c) })
 	if err != nil && ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -75,6 +73,7 @@ func (p *pgLog) rows(ctx context.Context, ids []int64, each func(i int, f Frame)
 	}
 	found := 0
 	err := p.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
+		found = 0
 		return pgQuery(ctx, c, p.sql.rows, new(pgArgs).int8s(len(ids), func(i int) int64 { return ids[i] }), func(r pgRow) error {
 			w := pgStoredRow(r)
 			found++
@@ -99,7 +98,8 @@ func (p *pgLog) history(ctx context.Context, start int64, h *historyPage) error 
 	for most := int64(pgHistoryRows); ; {
 		count, bytes, more := int64(0), 0, true
 		err := p.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
-			return pgQuery(ctx, c, p.sql.rowsFrom, new(pgArgs).int8(start).int8(most), func(r pgRow) error {
+			count = 0 // start has moved
+			return pgQuery(ctx, c, p.sql.rowsFrom, new(pgArgs).int8(start).int8(most).int8(h.req.From), func(r pgRow) error {
 				count++
 				start = r.int8(0) + 1
 				w := pgStoredRow(r)
@@ -109,6 +109,8 @@ func (p *pgLog) history(ctx context.Context, start int64, h *historyPage) error 
 			})
 		})
 		switch {
+		case compactedAt(err) > 0:
+			return &CompactedError{CompactRevision: compactedAt(err)}
 		case err != nil:
 			return err
 		case !more:
@@ -122,24 +124,56 @@ func (p *pgLog) history(ctx context.Context, start int64, h *historyPage) error 
 	}
 }
 
+// compactedAt is the revision of which rows_from says that it is compacted; 0 where err is something else.
+func compactedAt(err error) int64 {
+	var e *pgconn.PgError
+	if !errors.As(err, &e) || e.Code != "QU001" {
+		return 0
+	}
+	rev, err := strconv.ParseInt(e.Message, 10, 64)
+	if err != nil {
+		return 0
+	}
+	return rev
+}
+
+// pgNewsBytes is what news should come to at most: it is held in memory as a whole. One batch may be larger.
+const pgNewsBytes = 16 << 20
+
 // pgNews is what others have written after a position.
 type pgNews struct {
+	most    int64 // batches asked for
 	from    pgPosition
 	first   pgPosition // the batch at from, as the database has it
 	found   bool
 	commits []committed
+	bytes   int // of keys and values
 }
 
-func newPgNews(from pgPosition) *pgNews { return &pgNews{from: from} }
+func (p *pgLog) newNews() *pgNews { return &pgNews{most: p.newsAtOnce.Load(), from: p.position()} }
 
 // askNews adds two statements to a batch. Each sees what is committed when it begins, so the second may see more than the
 // first: it is bounded by what the first can see, which does not change.
-func (p *pgLog) askNews(batch *pgconn.Batch, from pgPosition) {
-	const most = pgNewsBatches + 1
+func (p *pgLog) askNews(batch *pgconn.Batch, n *pgNews) {
+	from, most := n.from, n.most+1
 	a := new(pgArgs).int8(from.seq).int8(most)
 	batch.ExecParams(p.sql.commitsFrom, a.values, a.oids, a.formats, binaryResults)
 	a = new(pgArgs).int8(from.seq).int8(most).int8(from.lastID)
 	batch.ExecParams(p.sql.rowsOfCommits, a.values, a.oids, a.formats, binaryResults)
+}
+
+// readNews is read, which asks for less the next time where there was no time for so much.
+func (p *pgLog) readNews(n *pgNews, results *pgconn.MultiResultReader, skip int) error {
+	err := n.read(results, skip)
+	switch {
+	case err == nil && n.bytes < pgNewsBytes:
+		p.newsAtOnce.Store(min(2*n.most, pgNewsBatches))
+	case err == nil:
+		p.newsAtOnce.Store(max(n.most/4, 1))
+	case errors.Is(err, context.DeadlineExceeded):
+		p.newsAtOnce.Store(max(n.most/4, 1))
+	}
+	return err
 }
 
 // read takes in the results of a batch of statements, of which the first so many are others than askNews's.
@@ -157,6 +191,7 @@ func (n *pgNews) read(results *pgconn.MultiResultReader, skip int) error {
 				}
 				if at < len(n.commits) {
 					n.commits[at].rows = append(n.commits[at].rows, newsRow(r))
+					n.bytes += len(r[8]) + len(r[9])
 				}
 			}
 			return nil
@@ -219,4 +254,4 @@ func (n *pgNews) check() error {
 }
 
 // more says whether there may be more than was asked for.
-func (n *pgNews) more() bool { return len(n.commits) == pgNewsBatches }
+func (n *pgNews) more() bool { return int64(len(n.commits)) == n.most }

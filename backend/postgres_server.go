@@ -5,9 +5,11 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -61,8 +63,9 @@ func (o PostgresOptions) withDefaults() (PostgresOptions, error) {
 	if o.MaxConnections < pgMinConnections {
 		return o, fmt.Errorf("%d connections are too few for Postgres: %d at least", o.MaxConnections, pgMinConnections)
 	}
-	if len(o.Schema) > 63 || strings.ContainsRune(o.Schema, 0) {
-		return o, fmt.Errorf("%q is no name for a schema of Postgres: at most 63 bytes, no NUL", o.Schema)
+	// It is put into the text of statements and functions, between quotes of every kind.
+	if len(o.Schema) > 63 || strings.ContainsAny(o.Schema, `'$\`) || strings.Contains(o.Schema, "--") || strings.ContainsFunc(o.Schema, unicode.IsControl) {
+		return o, fmt.Errorf("%q cannot be the name of the schema: at most 63 bytes, without ', $, \\, -- and control characters", o.Schema)
 	}
 	return o, nil
 }
@@ -95,7 +98,14 @@ func pgConfig(text string) (*pgx.ConnConfig, error) {
 		return nil, fmt.Errorf("the URL of the Postgres database (%s) is not understood: %w", RedactPostgresURL(text), err)
 	}
 	if c.ConnectTimeout == 0 {
-		c.ConnectTimeout = pgConnectTimeout
+		// It is for each host: one that does not answer must leave time for the others.
+		hosts := 1
+		for i, f := range c.Fallbacks {
+			if i == 0 && (f.Host != c.Host || f.Port != c.Port) || i > 0 && (f.Host != c.Fallbacks[i-1].Host || f.Port != c.Fallbacks[i-1].Port) {
+				hosts++
+			}
+		}
+		c.ConnectTimeout = pgConnectTimeout / time.Duration(hosts)
 	}
 	// A statement that a pooler passes on must not be one that it has to remember.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
@@ -112,7 +122,10 @@ func pgConfig(text string) (*pgx.ConnConfig, error) {
 // RedactPostgresURL is a connection URL or string as it may be shown: without its password.
 func RedactPostgresURL(text string) string {
 	u, err := url.Parse(text)
-	if err != nil || u.Scheme == "" {
+	switch {
+	case err == nil && u.Opaque != "", strings.Contains(text, "'"):
+		return "(not shown: it may hold a password)"
+	case err != nil || u.Scheme == "":
 		// key=value pairs, or something that is broken
 		var shown []string
 		for _, word := range strings.Fields(text) {
@@ -138,15 +151,31 @@ func RedactPostgresURL(text string) string {
 type pgServer struct{ config *pgx.ConnConfig }
 
 func (s *pgServer) connect(ctx context.Context) (*pgconn.PgConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.config.ConnectTimeout)
-	defer cancel()
-	return pgconn.ConnectConfig(ctx, &s.config.Config)
+	return pgconn.ConnectConfig(context.WithValue(ctx, connecting{}, true), &s.config.Config)
+}
+
+// connecting marks the context of a connection that is made to be used, and not to cancel what another one does.
+type connecting struct{}
+
+// withoutCancel is the same server for who commits. When the time of a statement is up, pgconn has the server cancel it. But
+// a commit that waits for a synchronous standby is not undone by that: it is done without the standby, and everybody sees
+// what is lost if the standby is promoted next. What else a batch may wait for is bounded by lock_timeout.
+func (s *pgServer) withoutCancel() pgServer {
+	config := s.config.Copy()
+	dial := config.DialFunc
+	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		if ctx.Value(connecting{}) == nil {
+			return nil, errors.New("a commit is not cancelled")
+		}
+		return dial(ctx, network, address)
+	}
+	return pgServer{config: config}
 }
 
 // checkServer refuses a server on which quire would not be safe.
 func checkServer(ctx context.Context, c *pgconn.PgConn) error {
 	const ask = `SELECT current_setting('server_version_num')::bigint, current_setting('default_transaction_isolation'),
-		current_setting('server_encoding'), current_setting('fsync') = 'on' AND current_setting('full_page_writes') = 'on'`
+		current_setting('server_encoding')`
 	return pgQuery(ctx, c, ask, new(pgArgs), func(r pgRow) error {
 		switch {
 		case r.int8(0) < pgMinVersion:
@@ -179,43 +208,80 @@ func (l *pgLane) open(ctx context.Context) (*pgconn.PgConn, error) {
 	return c, nil
 }
 
+// ask runs f on the lane's connection. Where that has died since it was last used, which shows only now, it runs f again on a
+// new one. REQUIRES: f may be run twice, as what only reads may.
+func (l *pgLane) ask(ctx context.Context, f func(c *pgconn.PgConn) error) error {
+	used := l.c
+	c, err := l.open(ctx)
+	if err != nil {
+		return err
+	}
+	err = f(c)
+	if err == nil || c != used || !c.IsClosed() || ctx.Err() != nil {
+		return err
+	}
+	if c, err = l.open(ctx); err != nil {
+		return err
+	}
+	return f(c)
+}
+
 func (l *pgLane) close(ctx context.Context) {
 	if l.c != nil {
 		_ = l.c.Close(ctx) // it says goodbye; the server notices the end without it too
 	}
 }
 
+// pgMigratePoll is how often a process that starts looks whether another one is done with migrating.
+const pgMigratePoll = 100 * time.Millisecond
+
 // migrate makes the schema and brings it up to date. Of processes that start at once one does it and the others wait:
-// the lock is that of a transaction, which a pooler keeps on one connection, and the work is done on another.
+// the lock is that of a transaction, which a pooler keeps on one connection, and the work is done on another. Who waits
+// keeps none: a small pool would have none left for the work.
 func (s *pgServer) migrate(ctx context.Context, schema string) (err error) {
 	db := stdlib.OpenDB(*s.config)
 	defer func() { err = errors.Join(err, db.Close()) }()
 	db.SetMaxOpenConns(2)
 	dialect := migrations.Postgres(quoteName(schema))
-	if version, err := migrations.Version(ctx, db, dialect); err != nil || version >= migrations.Latest(dialect) {
-		if err != nil {
+	for {
+		if version, err := migrations.Version(ctx, db, dialect); err != nil || version >= migrations.Latest(dialect) {
+			if err != nil {
+				return err
+			}
+			return migrations.Up(ctx, db, dialect) // which may refuse it
+		}
+		if done, err := migrateLocked(ctx, db, dialect, schema); done || err != nil {
 			return err
 		}
-		return migrations.Up(ctx, db, dialect) // which may refuse it
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pgMigratePoll):
+		}
 	}
+}
+
+// migrateLocked migrates, unless another process is at it.
+func migrateLocked(ctx context.Context, db *sql.DB, dialect migrations.Dialect, schema string) (done bool, err error) {
 	lock, err := db.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() { err = errors.Join(err, lock.Rollback()) }()
-	if _, err := lock.ExecContext(ctx, `SELECT pg_advisory_xact_lock(hashtextextended('quire.migrations.' || $1, 0))`, schema); err != nil {
-		return err
+	const try = `SELECT pg_try_advisory_xact_lock(hashtextextended('quire.migrations.' || $1, 0))`
+	if err := lock.QueryRowContext(ctx, try, schema).Scan(&done); err != nil || !done {
+		return false, err
 	}
 	var there bool
 	if err := lock.QueryRowContext(ctx, `SELECT to_regnamespace($1) IS NOT NULL`, quoteName(schema)).Scan(&there); err != nil {
-		return err
+		return false, err
 	}
 	if !there {
 		if _, err := db.ExecContext(ctx, `CREATE SCHEMA `+quoteName(schema)); err != nil {
-			return fmt.Errorf("making the schema %s: %w", quoteName(schema), err)
+			return false, fmt.Errorf("making the schema %s: %w", quoteName(schema), err)
 		}
 	}
-	return migrations.Up(ctx, db, dialect)
+	return true, migrations.Up(ctx, db, dialect)
 }
 
 // explain gives an error of the database its sentinel and its advice. Errors of a context pass as they are.
@@ -226,7 +292,12 @@ func (p *pgLog) explain(err error) error {
 		}
 	}
 	var e *pgconn.PgError
-	if !errors.As(err, &e) {
+	answered := errors.As(err, &e)
+	if errors.Is(err, context.DeadlineExceeded) {
+		// The time limit was ours. Wrapped it would be taken for the client's, who would not try again.
+		err = fmt.Errorf("%v: no answer in time; where the database is well, look into pg_locks for a session that holds a lock on quire's tables", err)
+	}
+	if !answered {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
 	advice := ""
@@ -236,7 +307,7 @@ func (p *pgLog) explain(err error) error {
 	case e.Code == "53300":
 		advice = "raise max_connections or lower --postgres-max-connections"
 	case e.Code == "55P03":
-		advice = "another session holds a lock on quire's tables: look into pg_locks"
+		advice = "another session holds a lock on quire's tables, or a commit waits for its synchronous standby: look into pg_locks"
 	case e.Code == "25006":
 		advice = "the server takes no writes: name the primary, or all hosts, in --storage"
 	case e.Code == "42501":

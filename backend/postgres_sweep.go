@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strconv"
 	"time"
@@ -22,6 +23,9 @@ const (
 	pgSweepPollMax = 2 * time.Second
 	pgPingAfter    = 30 * time.Second
 )
+
+// errLaterCompaction: while this process waited for others, there came another compaction, whose memory is not to wait.
+var errLaterCompaction = errors.New("backend: a later compaction is to be swept with this one")
 
 // Answers of claim_sweep.
 const (
@@ -56,13 +60,13 @@ func (db *DB) reportLoop() {
 		select {
 		case <-timer.C:
 		case done := <-p.reportNow:
-			err := db.reportOnce()
-			done <- err
+			done <- db.reportOnce()
+			continue
 		case <-db.ctx.Done():
 			return
 		}
 		if p.usable() == nil {
-			if err := db.reportOnce(); err != nil {
+			if err := db.reportOnce(); err != nil && !errors.Is(err, ErrClosed) {
 				_ = p.failed(err) // the follower tells of it
 			}
 		}
@@ -76,7 +80,11 @@ func (db *DB) reportOnce() error {
 	if _, err := db.step(func() error { released = min(db.oldestCompact(), db.compactor.memory); return nil }); err != nil {
 		return err
 	}
-	return p.report(db.ctx, p.position().seq, released)
+	// Close does not cut it off: a database goes on with a statement whose connection is gone, and a report that came
+	// after this process's farewell would have the others wait for it until it counts as silent.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(db.ctx), pgWriteTimeout)
+	defer cancel()
+	return p.report(ctx, p.position().seq, released)
 }
 
 // sweepShared deletes what compactions up to target made unreachable, or waits until another process has.
@@ -115,6 +123,9 @@ func (db *DB) sweepShared(target int64) (rows int64, err error) {
 		}
 		if mine = answer == pgSweepNow; mine || answer == pgSwept {
 			break
+		}
+		if len(db.compactor.kick) > 0 {
+			return 0, errLaterCompaction
 		}
 		if !db.pause(wait) {
 			return 0, db.ctx.Err()
@@ -166,10 +177,11 @@ func (p *pgLog) listen(ctx context.Context) error {
 		return err
 	}
 	config.OnNotification = func(_ *pgconn.PgConn, n *pgconn.Notification) {
-		// Our own batches come too.
-		if seq, err := strconv.ParseInt(n.Payload, 10, 64); err != nil || seq > p.position().seq {
-			p.wake()
+		seq, err := strconv.ParseInt(n.Payload, 10, 64)
+		if err != nil {
+			seq = 0 // resolve_commit does not say
 		}
+		p.tell(seq)
 	}
 	server := pgServer{config: config}
 	lane := pgLane{server: &server}

@@ -6,6 +6,10 @@ import (
 	"github.com/quire-db/quire/migrations"
 )
 
+// pgLockIdle is how long the server leaves the writers' lock to a process that does nothing with it: one that is stopped, or
+// cannot be reached. It is less than others wait for the lock (lock_timeout in migrations/postgres).
+const pgLockIdle = "3s"
+
 // pgStatements are the statements of the Postgres storage, with the name of the schema in them: a pooler keeps no
 // search_path. Where the planner could choose badly for want of statistics, the statement is a function that carries the
 // settings against it (migrations/postgres).
@@ -30,14 +34,14 @@ func newPgStatements(schema string) pgStatements {
 		commitBatch: in(`SELECT seq, token, clock, required_schema FROM ${schema}.commit_batch(
 			$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)`),
 		head:    in(`SELECT seq, token, clock FROM ${schema}.head()`),
-		lock:    in(`SELECT FROM ${schema}.lock_commits()`),
+		lock:    in(`SELECT set_config('idle_in_transaction_session_timeout', '` + pgLockIdle + `', true) FROM ${schema}.lock_commits()`),
 		resolve: in(`SELECT ${schema}.resolve_commit($1, $2, $3)`),
 		commitsFrom: in(`SELECT seq, token, last_id, committed_at, lease_ids, lease_ttls, lease_deadlines, alarm_members, alarm_kinds, compacted
-			FROM ${schema}.commits_from($1, $2) ORDER BY seq`),
+			FROM ${schema}.commits_from($1, $2)`),
 		rowsOfCommits: in(`SELECT ` + columns + ` FROM ${schema}.rows_of_commits($1, $2, $3)`),
 		row:           in(`SELECT ` + columns + ` FROM ${schema}.revisions WHERE id = $1`),
 		rows:          in(`SELECT ` + columns + ` FROM ${schema}.revisions WHERE id = ANY ($1)`),
-		rowsFrom:      in(`SELECT ` + columns + ` FROM ${schema}.rows_from($1, $2)`),
+		rowsFrom:      in(`SELECT ` + columns + ` FROM ${schema}.rows_from($1, $2, $3)`),
 		lastID:        in(`SELECT last_id FROM ${schema}.commits ORDER BY seq DESC LIMIT 1`),
 		// The rows are there in the order of their ids after a while only: they have to be sorted.
 		loadRows: in(`SELECT id, rev, create_rev, version, lease, deleted, octet_length(value)::bigint, committed_at, key

@@ -47,6 +47,10 @@ func (m *maintenanceServer) Status(context.Context, *pb.StatusRequest) (*pb.Stat
 func (m *maintenanceServer) Alarm(ctx context.Context, req *pb.AlarmRequest) (*pb.AlarmResponse, error) {
 	switch req.Action {
 	case pb.AlarmRequest_GET:
+		// etcd asks its leader.
+		if err := m.s.opts.Backend.Ready(ctx, false); err != nil {
+			return nil, toStatus(err)
+		}
 		resp := &pb.AlarmResponse{Header: m.s.header(nil)}
 		for _, a := range m.s.opts.Backend.Alarms() {
 			if req.Alarm == pb.AlarmType_NONE || req.Alarm == a.Alarm {

@@ -102,26 +102,18 @@ func Latest(dialect Dialect) int64 {
 
 // Version reads the schema version of db and changes nothing. It is 0 for an empty database.
 func Version(ctx context.Context, db *sql.DB, dialect Dialect) (int64, error) {
-	gooseDialect, err := dialect.goose()
+	store, err := dialect.store()
 	if err != nil {
 		return 0, err
 	}
 	// Not the provider's GetDBVersion: that one creates the table when it is missing. And asked here, because goose's
 	// store for SQLite cannot tell a missing table from another failure.
-	var exists bool
-	find := `SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?)`
-	if dialect.schema != "" {
-		find = `SELECT to_regclass($1) IS NOT NULL`
-	}
-	if err := db.QueryRowContext(ctx, find, dialect.table(versionTable)).Scan(&exists); err != nil {
+	exists, err := store.TableExists(ctx, db)
+	if err != nil {
 		return 0, fmt.Errorf("read the schema version: %w", err)
 	}
 	if !exists {
 		return 0, nil
-	}
-	store, err := database.NewStore(gooseDialect, dialect.table(versionTable))
-	if err != nil {
-		return 0, fmt.Errorf("read the schema version: %w", err)
 	}
 	version, err := store.GetLatestVersion(ctx, db)
 	if errors.Is(err, database.ErrVersionNotFound) {
@@ -136,10 +128,6 @@ func Version(ctx context.Context, db *sql.DB, dialect Dialect) (int64, error) {
 // Up brings db to the latest schema version. A database that is there already is only read.
 // A newer one is refused with a *NewerSchemaError, unless it says that this binary may still write to it.
 func Up(ctx context.Context, db *sql.DB, dialect Dialect) error {
-	gooseDialect, err := dialect.goose()
-	if err != nil {
-		return err
-	}
 	version, err := Version(ctx, db, dialect)
 	if err != nil {
 		return err
@@ -155,8 +143,12 @@ func Up(ctx context.Context, db *sql.DB, dialect Dialect) error {
 	if err != nil {
 		return fmt.Errorf("migrate the schema: %w", err)
 	}
-	provider, err := goose.NewProvider(gooseDialect, db, folder,
-		goose.WithTableName(dialect.table(versionTable)),
+	store, err := dialect.store()
+	if err != nil {
+		return fmt.Errorf("migrate the schema: %w", err)
+	}
+	provider, err := goose.NewProvider("", db, folder,
+		goose.WithStore(store),
 		goose.WithSlog(slog.New(slog.DiscardHandler)), // nothing below etcdapi logs
 		goose.WithDisableGlobalRegistry(true))
 	if err != nil {
@@ -185,13 +177,25 @@ func refuseNewer(ctx context.Context, db *sql.DB, dialect Dialect, version, late
 	return nil
 }
 
-func (d Dialect) goose() (goose.Dialect, error) {
+// store is goose's, but for how it looks for its table: goose takes quotes for a part of the name.
+type store struct {
+	database.Store
+	find string
+}
+
+func (s *store) TableExists(ctx context.Context, db database.DBTxConn) (exists bool, err error) {
+	return exists, db.QueryRowContext(ctx, s.find, s.Tablename()).Scan(&exists)
+}
+
+func (d Dialect) store() (*store, error) {
+	name, find := database.DialectSQLite3, `SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?)`
 	switch d.folder {
 	case "sqlite":
-		return goose.DialectSQLite3, nil
 	case "postgres":
-		return goose.DialectPostgres, nil
+		name, find = database.DialectPostgres, `SELECT to_regclass($1) IS NOT NULL`
 	default:
-		return "", fmt.Errorf("no schema for dialect %q", d.folder)
+		return nil, fmt.Errorf("no schema for dialect %q", d.folder)
 	}
+	s, err := database.NewStore(name, d.table(versionTable))
+	return &store{s, find}, err
 }

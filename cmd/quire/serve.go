@@ -75,6 +75,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	if shared := db.ClusterID(); shared != 0 {
 		// All processes are one member, with several doors.
 		id = identity{MemberID: shared, ClusterID: clusterID([]uint64{shared})}
+		lg.Info("one of several processes", zap.String("cluster-id", fmt.Sprintf("%x", id.ClusterID)), zap.String("local-member-id", fmt.Sprintf("%x", id.MemberID)))
 	}
 	defer func() {
 		if cerr := db.Close(); cerr != nil {
@@ -244,6 +245,7 @@ type storageWatch struct {
 	mu struct {
 		sync.Mutex
 		logged time.Time
+		lost   bool // ErrHistoryLost was logged
 	}
 }
 
@@ -254,6 +256,13 @@ func (w *storageWatch) failed(err error) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if errors.Is(err, backend.ErrHistoryLost) {
+		if !w.mu.lost {
+			w.mu.lost = true
+			w.lg.Error("nothing is served any more", zap.Error(err))
+		}
+		return
+	}
 	if now := time.Now(); now.Sub(w.mu.logged) >= 10*time.Second {
 		w.mu.logged = now
 		w.lg.Error("the storage failed; writes are refused until it works again", zap.Error(err))

@@ -94,7 +94,7 @@ CREATE TABLE ${schema}.meta (
     name  text   NOT NULL PRIMARY KEY,
     value bigint NOT NULL
 );
-COMMENT ON TABLE ${schema}.meta IS 'Single facts: compact_revision (missing: never compacted), cluster_id (random, what all processes call this store), writer_schema (the oldest schema version that a writer must know), swept_revision (no row is left that a compaction up to there made unreachable).';
+COMMENT ON TABLE ${schema}.meta IS 'Single facts: compact_revision (missing: never compacted), cluster_id (random, what all processes call this store), writer_schema (the oldest schema version that a writer must know), swept_revision (no row is left that a compaction up to there made unreachable), sweep_revision (such rows are being deleted up to there).';
 
 CREATE TABLE ${schema}.process (
     id         uuid   NOT NULL PRIMARY KEY,
@@ -138,7 +138,7 @@ COMMENT ON FUNCTION ${schema}.lock_commits() IS 'Makes writers queue until the t
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.head(OUT seq bigint, OUT token uuid, OUT clock bigint) LANGUAGE plpgsql VOLATILE
-    SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
+    SET lock_timeout = '4s' SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
 $$
 BEGIN
     SELECT c.seq, c.token INTO STRICT seq, token FROM ${schema}.commits AS c ORDER BY c.seq DESC LIMIT 1;
@@ -157,7 +157,8 @@ CREATE FUNCTION ${schema}.commit_batch(
     all_alarm_members bigint[], all_alarm_kinds bigint[], compact bigint,
     OUT seq bigint, OUT token uuid, OUT clock bigint, OUT required_schema bigint
 ) LANGUAGE plpgsql VOLATILE
-    SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
+    SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off
+    SET lock_timeout = '4s' AS
 $$
 DECLARE
     last bigint;
@@ -210,11 +211,17 @@ $$;
 COMMENT ON FUNCTION ${schema}.commit_batch IS 'Appends a batch behind the one expected and returns the newest, which is another one if some process was faster or writer_schema is too old; then nothing was changed.';
 
 -- +goose StatementBegin
-CREATE FUNCTION ${schema}.resolve_commit(after_seq bigint, wanted uuid, fence uuid, OUT found boolean) LANGUAGE plpgsql VOLATILE AS
+CREATE FUNCTION ${schema}.resolve_commit(after_seq bigint, wanted uuid, fence uuid, OUT committed boolean) LANGUAGE plpgsql VOLATILE
+    SET lock_timeout = '4s' AS
 $$
 BEGIN
+    -- (No variable may be called found: that is one of PL/pgSQL's own.)
     PERFORM ${schema}.lock_commits();
-    found := EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq + 1 AND c.token = wanted);
+    committed := EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq + 1 AND c.token = wanted);
+    IF NOT committed AND NOT EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq) THEN
+        committed := NULL;
+        RETURN;
+    END IF;
     IF current_setting('synchronous_commit') IN ('off', 'local') THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
@@ -226,11 +233,11 @@ BEGIN
 END
 $$;
 -- +goose StatementEnd
-COMMENT ON FUNCTION ${schema}.resolve_commit IS 'Says whether the batch with a token followed another, and makes the answer final.';
+COMMENT ON FUNCTION ${schema}.resolve_commit IS 'Says whether the batch with a token followed another, and makes the answer final; NULL if it cannot be told any more, because both are deleted or lost.';
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.commits_from(first bigint, most bigint) RETURNS SETOF ${schema}.commits LANGUAGE plpgsql VOLATILE
-    SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
+    SET lock_timeout = '4s' SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
 $$
 BEGIN
     RETURN QUERY SELECT * FROM ${schema}.commits AS c WHERE c.seq >= first ORDER BY c.seq LIMIT most;
@@ -241,12 +248,13 @@ COMMENT ON FUNCTION ${schema}.commits_from(bigint, bigint) IS 'Batches from one 
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.rows_of_commits(first bigint, most bigint, after_id bigint) RETURNS SETOF ${schema}.revisions LANGUAGE plpgsql VOLATILE
-    SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
+    SET lock_timeout = '4s' SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
 $$
 DECLARE
     last bigint;
 BEGIN
-    SELECT c.last_id INTO last FROM (SELECT * FROM ${schema}.commits_from(first, most)) AS c ORDER BY c.seq DESC LIMIT 1;
+    SELECT max(n.last_id) INTO last
+      FROM (SELECT c.last_id FROM ${schema}.commits AS c WHERE c.seq >= first ORDER BY c.seq LIMIT most) AS n;
     RETURN QUERY SELECT * FROM ${schema}.revisions AS r WHERE r.id > after_id AND r.id <= last ORDER BY r.id;
 END
 $$;
@@ -254,19 +262,26 @@ $$;
 COMMENT ON FUNCTION ${schema}.rows_of_commits(bigint, bigint, bigint) IS 'The rows after one that the batches of commits_from(first, most) made, in order.';
 
 -- +goose StatementBegin
-CREATE FUNCTION ${schema}.rows_from(first bigint, most bigint) RETURNS SETOF ${schema}.revisions LANGUAGE plpgsql VOLATILE
-    SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
+CREATE FUNCTION ${schema}.rows_from(first bigint, most bigint, from_rev bigint) RETURNS SETOF ${schema}.revisions LANGUAGE plpgsql VOLATILE
+    SET lock_timeout = '4s' SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off SET enable_sort = off SET enable_bitmapscan = off AS
 $$
+DECLARE
+    swept bigint;
 BEGIN
     RETURN QUERY SELECT * FROM ${schema}.revisions AS r WHERE r.id >= first ORDER BY r.id LIMIT most;
+    -- After the rows: whatever is missing among them was announced before it was deleted.
+    SELECT m.value INTO swept FROM ${schema}.meta AS m WHERE m.name = 'sweep_revision' AND m.value > from_rev;
+    IF FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'QU001', MESSAGE = swept::text;
+    END IF;
 END
 $$;
 -- +goose StatementEnd
-COMMENT ON FUNCTION ${schema}.rows_from(bigint, bigint) IS 'Rows from one on, in order.';
+COMMENT ON FUNCTION ${schema}.rows_from(bigint, bigint, bigint) IS 'Rows from one on, in order, of which those of from_rev and later are wanted. An error with SQLSTATE QU001 and the compaction revision says that some of them may be deleted: then the caller was away for long.';
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.delete_rows(ids bigint[]) RETURNS void LANGUAGE plpgsql VOLATILE
-    SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off AS
+    SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off AS
 $$
 BEGIN
     DELETE FROM ${schema}.revisions AS r WHERE r.id = ANY (ids);
@@ -313,6 +328,8 @@ BEGIN
         RETURN 2;
     END IF;
     UPDATE ${schema}.process AS p SET sweeping = clock + claim_us WHERE p.id = me;
+    INSERT INTO ${schema}.meta AS m (name, value) VALUES ('sweep_revision', target)
+        ON CONFLICT (name) DO UPDATE SET value = greatest(m.value, excluded.value);
     RETURN 3;
 END
 $$;

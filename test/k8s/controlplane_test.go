@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -29,12 +30,15 @@ const (
 )
 
 // controlPlane is one store and one kube-apiserver on top of it, with clients
-// that are allowed everything.
+// that are allowed everything. Several of them may share what is in storage.
 type controlPlane struct {
+	name      string // of the store
+	number    int    // from 1, where there are several
 	dir       string
 	authority *authority
 
 	storeBinary  string
+	storage      string // the store's --storage; "" is its data directory
 	storeAddress string // host:port of its client URL
 	store        *process
 
@@ -43,30 +47,51 @@ type controlPlane struct {
 	apiserver        *process
 
 	http       *http.Client // trusts the authority and shows the client certificate
+	config     *rest.Config
 	typed      kubernetes.Interface
 	dynamic    dynamic.Interface
 	extensions apiextensions.Interface
 }
 
-// startControlPlane starts both processes and waits until the API server says
-// that it is ready. Both are gone when the test has ended; when it failed,
-// the ends of their logs are in the test's output.
+// startControlPlane starts both processes, on the storage that $QUIRE_STORAGE
+// names, and waits until the API server says that it is ready.
 func startControlPlane(t *testing.T) *controlPlane {
 	t.Helper()
+	cp := newControlPlane(t, "k8s", 1, newControlPlaneAuthority(t), storageOfTest(t))
+	cp.startStore(t)
+	cp.startAPIServer(t)
+	return cp
+}
+
+// newControlPlaneAuthority issues what the processes of all control planes
+// have in common, so that a token of one is good for the others.
+func newControlPlaneAuthority(t *testing.T) *authority {
+	t.Helper()
+	a := newAuthority(t, t.TempDir())
+	a.issue(t, "store")
+	a.issue(t, "apiserver")
+	a.issue(t, "client")
+	a.issueKeyPair(t, "service-account")
+	return a
+}
+
+// newControlPlane makes the clients; nothing runs yet. Both processes are gone
+// when the test has ended; when it failed, the ends of their logs are in the
+// test's output.
+func newControlPlane(t *testing.T, name string, number int, authority *authority, storage string) *controlPlane {
+	t.Helper()
 	cp := &controlPlane{
+		name:             name,
+		number:           number,
 		dir:              t.TempDir(),
+		authority:        authority,
 		storeBinary:      binary(t, "QUIRE_TEST_SERVER", "bin/quire"),
+		storage:          storage,
 		apiserverBinary:  binary(t, "QUIRE_TEST_APISERVER", "bin/peers/kube-apiserver"),
 		storeAddress:     freeAddress(t),
 		apiserverAddress: freeAddress(t),
 	}
-	cp.authority = newAuthority(t, cp.dir)
-	cp.authority.issue(t, "store")
-	cp.authority.issue(t, "apiserver")
-	cp.authority.issue(t, "client")
-	cp.authority.issueKeyPair(t, "service-account")
 	cp.http = cp.newHTTPClient(t)
-
 	t.Cleanup(func() {
 		for _, p := range []*process{cp.apiserver, cp.store} {
 			if p == nil {
@@ -78,23 +103,20 @@ func startControlPlane(t *testing.T) *controlPlane {
 			}
 		}
 	})
-	cp.startStore(t)
-	cp.startAPIServer(t)
-
-	config := &rest.Config{
+	cp.config = &rest.Config{
 		Host:            "https://" + cp.apiserverAddress,
 		BearerToken:     adminToken,
 		TLSClientConfig: rest.TLSClientConfig{CAFile: cp.authority.file("ca.crt")},
 		QPS:             -1, // the test is the load; the client must not hold it back
 	}
 	var err error
-	if cp.typed, err = kubernetes.NewForConfig(config); err != nil {
+	if cp.typed, err = kubernetes.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
 	}
-	if cp.dynamic, err = dynamic.NewForConfig(config); err != nil {
+	if cp.dynamic, err = dynamic.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
 	}
-	if cp.extensions, err = apiextensions.NewForConfig(config); err != nil {
+	if cp.extensions, err = apiextensions.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
 	}
 	return cp
@@ -108,19 +130,23 @@ func (cp *controlPlane) startStore(t *testing.T) {
 	// etcd listens for peers even when it is alone; quire takes the flags and
 	// does nothing with them.
 	peer := "http://" + freeAddress(t)
-	cp.store = startProcess(t, "store", filepath.Join(cp.dir, "store.log"), cp.storeBinary, nil, []string{
-		"--name=k8s",
+	arguments := []string{
+		"--name=" + cp.name,
 		"--data-dir=" + cp.storeDataDir(),
 		"--listen-client-urls=" + client,
 		"--advertise-client-urls=" + client,
 		"--listen-peer-urls=" + peer,
 		"--initial-advertise-peer-urls=" + peer,
-		"--initial-cluster=k8s=" + peer,
+		"--initial-cluster=" + cp.name + "=" + peer,
 		"--cert-file=" + cp.authority.file("store.crt"),
 		"--key-file=" + cp.authority.file("store.key"),
 		"--trusted-ca-file=" + cp.authority.file("ca.crt"),
 		"--client-cert-auth",
-	})
+	}
+	if cp.storage != "" {
+		arguments = append(arguments, "--storage="+cp.storage)
+	}
+	cp.store = startProcess(t, cp.name, filepath.Join(cp.dir, "store.log"), cp.storeBinary, nil, arguments)
 	cp.waitFor200(t, cp.store, client+"/health", 30*time.Second)
 }
 
@@ -133,20 +159,33 @@ func (cp *controlPlane) killStore(t *testing.T) {
 	cp.store.signal(t, syscall.SIGKILL, 10*time.Second)
 }
 
+// startAPIServer starts the API server on its store and waits until it says
+// that it is ready.
 func (cp *controlPlane) startAPIServer(t *testing.T) {
 	t.Helper()
+	cp.launchAPIServer(t, cp)
+	cp.waitForAPIServer(t)
+}
+
+// launchAPIServer starts the API server on the stores of these control planes.
+func (cp *controlPlane) launchAPIServer(t *testing.T, stores ...*controlPlane) {
+	t.Helper()
+	var servers []string
+	for _, s := range stores {
+		servers = append(servers, "https://"+s.storeAddress)
+	}
 	tokens := filepath.Join(cp.dir, "tokens.csv")
 	if err := os.WriteFile(tokens, []byte(adminToken+`,admin,admin,"system:masters"`+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	host, port := "127.0.0.1", cp.apiserverAddress[len("127.0.0.1:"):]
-	cp.apiserver = startProcess(t, "kube-apiserver", filepath.Join(cp.dir, "kube-apiserver.log"), cp.apiserverBinary,
+	cp.apiserver = startProcess(t, "kube-apiserver of "+cp.name, filepath.Join(cp.dir, "kube-apiserver.log"), cp.apiserverBinary,
 		[]string{
 			"KUBE_WATCHCACHE_CONSISTENCY_CHECKER=true",
 			"QUIRE_TEST_CONSISTENCY_PERIOD=" + consistencyPeriod.String(),
 		},
 		[]string{
-			"--etcd-servers=https://" + cp.storeAddress,
+			"--etcd-servers=" + strings.Join(servers, ","),
 			"--etcd-cafile=" + cp.authority.file("ca.crt"),
 			"--etcd-certfile=" + cp.authority.file("client.crt"),
 			"--etcd-keyfile=" + cp.authority.file("client.key"),
@@ -155,7 +194,7 @@ func (cp *controlPlane) startAPIServer(t *testing.T) {
 			"--watch-cache-sizes=configmaps#0", // see the package doc
 			"--bind-address=" + host,
 			"--secure-port=" + port,
-			"--advertise-address=192.0.2.1", // must not be loopback; nobody connects to it
+			fmt.Sprintf("--advertise-address=192.0.2.%d", cp.number), // must not be loopback; nobody connects to it
 			"--tls-cert-file=" + cp.authority.file("apiserver.crt"),
 			"--tls-private-key-file=" + cp.authority.file("apiserver.key"),
 			"--token-auth-file=" + tokens,
@@ -167,6 +206,10 @@ func (cp *controlPlane) startAPIServer(t *testing.T) {
 			"--disable-admission-plugins=ServiceAccount", // wants controllers that do not run here
 			"--v=1",
 		})
+}
+
+func (cp *controlPlane) waitForAPIServer(t *testing.T) {
+	t.Helper()
 	cp.waitFor200(t, cp.apiserver, cp.apiserverURL("/readyz"), 2*time.Minute)
 }
 

@@ -1,11 +1,15 @@
-// Package k8s holds the test that runs a real kube-apiserver on a real quire
-// process and drives it with client-go. It is a module of its own, so that
-// client-go does not enter quire's go.mod; `make test-k8s` builds what it
-// needs and runs it.
+// Package k8s holds the tests that run real kube-apiservers on real quire
+// processes and drive them with client-go. It is a module of its own, so that
+// client-go does not enter quire's go.mod; `make test-k8s` and
+// `make test-postgres` build what it needs and run it.
 //
-// Nothing here knows what quire is: QUIRE_TEST_SERVER names the server binary
-// and bin/peers/etcd serves as well as bin/quire does. A claim that etcd does
-// not fulfil is a wrong claim.
+// TestKubernetes does not know what quire is: QUIRE_TEST_SERVER names the
+// server binary and bin/peers/etcd serves as well as bin/quire does. A claim
+// that etcd does not fulfil is a wrong claim. With QUIRE_STORAGE=postgres quire
+// keeps its data in a PostgreSQL server that the test starts.
+//
+// TestHighlyAvailable runs three kube-apiservers on three quires that share a
+// PostgreSQL server with a synchronous standby, and breaks one after the other.
 //
 // Of the resources that the test uses, configmaps have no watch cache
 // (--watch-cache-sizes=configmaps#0): their lists and watches reach quire

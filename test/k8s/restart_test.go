@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/tools/cache"
 )
@@ -38,7 +40,7 @@ func testRestarts(t *testing.T, cp *controlPlane) {
 	// Straight from the store: the API server's etcd client has to find the
 	// place again after each kill, with nothing left out and nothing twice.
 	followed := follow(t, cp, configMaps, namespace, start)
-	informers := startInformers(t, cp, namespace)
+	informers := startInformers(t, cp, namespace, resources)
 
 	stop := make(chan struct{})
 	stopOnce := sync.OnceFunc(func() { close(stop) })
@@ -88,19 +90,10 @@ func testRestarts(t *testing.T, cp *controlPlane) {
 	}
 	history := followed.through(t, revisionOf(t, last.GetResourceVersion()))
 	checkHistory(t, history)
-	delivered := map[int64]change{}
-	for _, c := range history {
-		delivered[c.revision] = c
-	}
 	for _, w := range all {
-		w.checkState(t)
-		if w.resource.kind != configMaps.kind {
-			continue
-		}
-		for revision, want := range w.acknowledged {
-			if got, ok := delivered[revision]; !ok || got.name != want.name || got.text != want.text {
-				t.Errorf("broke Reliable: the acknowledged write of %s at revision %d reached no watcher (delivered: %v)", want.name, revision, got)
-			}
+		w.checkState(t, cp)
+		if w.resource.kind == configMaps.kind {
+			w.checkDelivered(t, history)
 		}
 	}
 	for _, r := range resources {
@@ -139,17 +132,19 @@ type writer struct {
 
 	// state is what was last known of each object: its text, or absent.
 	state map[string]string
-	// acknowledged has every create and update that was answered, by revision.
-	acknowledged map[int64]change
-	newest       int64 // highest revision seen
+	// done is every write that happened, in order: those that were answered,
+	// and of the others those that a read found. A delete tells no revision.
+	done    []change
+	newest  int64         // highest revision seen
+	pause   time.Duration // after each write
+	answers *answers      // nil, or who wants to know when writes are acknowledged
 }
 
 func newWriter(cp *controlPlane, r resource, namespace string, number int) *writer {
 	return &writer{
 		cp: cp, resource: r, namespace: namespace, number: number,
-		random:       rand.New(rand.NewPCG(uint64(number), 3)),
-		state:        map[string]string{},
-		acknowledged: map[int64]change{},
+		random: rand.New(rand.NewPCG(uint64(number), 3)),
+		state:  map[string]string{},
 	}
 }
 
@@ -160,46 +155,53 @@ func (w *writer) run(t *testing.T, stop <-chan struct{}) {
 			return
 		default:
 		}
-		name := fmt.Sprintf("w%d-%02d", w.number, w.random.IntN(keysPerWriter))
+		name := fmt.Sprintf("%s%02d", w.prefix(), w.random.IntN(keysPerWriter))
 		text := fmt.Sprintf("round %d", round)
 		if err := w.write(name, text); err != nil {
 			t.Errorf("broke Durable: %s %s, round %d: %v", w.resource.Resource, name, round, err)
 			return
 		}
+		time.Sleep(w.pause) // keeps the load modest
 	}
 }
+
+// prefix of the names of the writer's objects.
+func (w *writer) prefix() string { return fmt.Sprintf("w%d-", w.number) }
 
 // write does one write and, where it had no answer, finds out what became of
 // it. Its error is a broken promise, never an outage.
 func (w *writer) write(name, text string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	// Longer than quire looks for what became of a write whose answer was lost.
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	client := w.resource.in(w.cp, w.namespace)
 	known, present := w.state[name]
 	remove := present && w.random.IntN(4) == 0
 	var object *unstructured.Unstructured
 	var err error
+	kind := watch.Modified
 	switch {
 	case !present:
+		kind = watch.Added
 		object, err = client.Create(ctx, w.resource.object(name, text), metav1.CreateOptions{})
 	case remove:
+		kind = watch.Deleted
 		err = client.Delete(ctx, name, metav1.DeleteOptions{})
 	default:
 		object, err = w.resource.update(ctx, client, name, text)
 	}
 	if err == nil {
 		w.count.Add(1)
+		if w.answers != nil {
+			w.answers.note()
+		}
 		if remove {
 			delete(w.state, name)
+			w.done = append(w.done, change{kind: kind, name: name})
 			return nil
 		}
 		w.state[name] = text
-		revision, err := w.see(object)
-		if err != nil {
-			return err
-		}
-		w.acknowledged[revision] = change{name: name, text: text}
-		return nil
+		return w.see(kind, object)
 	}
 	// Even AlreadyExists and NotFound are no answers: they may be the echo of
 	// a first attempt that the API server repeated. A read tells.
@@ -212,19 +214,20 @@ func (w *writer) write(name, text string) error {
 	found, there := "", object != nil
 	if there {
 		found = w.resource.text(object)
-		if _, err := w.see(object); err != nil {
-			return err
-		}
 	}
 	unchanged := there == present && found == known
 	happened := remove && !there || !remove && there && found == text
 	if !unchanged && !happened {
 		return fmt.Errorf("after a write without an answer the object (present %t) is neither as acknowledged before nor as written", there)
 	}
-	if there {
-		w.state[name] = found
-	} else {
+	switch {
+	case !happened:
+	case remove:
 		delete(w.state, name)
+		w.done = append(w.done, change{kind: kind, name: name})
+	default:
+		w.state[name] = found
+		return w.see(kind, object)
 	}
 	return nil
 }
@@ -251,19 +254,47 @@ func (w *writer) read(name string) (*unstructured.Unstructured, error) {
 	}
 }
 
-func (w *writer) see(object *unstructured.Unstructured) (int64, error) {
+// see notes a create or an update that happened, with what it made.
+func (w *writer) see(kind watch.EventType, object *unstructured.Unstructured) error {
 	revision, err := strconv.ParseInt(object.GetResourceVersion(), 10, 64)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	w.newest = max(w.newest, revision)
-	return revision, nil
+	w.done = append(w.done, change{kind, object.GetName(), revision, w.resource.text(object)})
+	return nil
 }
 
-// checkState holds what is in the store against what this writer was told.
-func (w *writer) checkState(t *testing.T) {
+// checkDelivered claims that a watch delivered every write of this writer
+// exactly once, in the order in which they were made, and nothing besides.
+func (w *writer) checkDelivered(t *testing.T, history []change) {
 	t.Helper()
-	list, err := w.resource.in(w.cp, w.namespace).List(t.Context(), metav1.ListOptions{})
+	var delivered []change
+	for _, c := range history {
+		if strings.HasPrefix(c.name, w.prefix()) {
+			delivered = append(delivered, c)
+		}
+	}
+	for i, want := range w.done {
+		if i >= len(delivered) {
+			t.Errorf("broke Reliable: %s: the write %v, and %d after it, reached no watcher", w.resource.Resource, want, len(w.done)-i-1)
+			return
+		}
+		got := delivered[i]
+		if got.kind != want.kind || got.name != want.name || want.kind != watch.Deleted && got != want {
+			t.Errorf("broke Reliable, Unique or Ordered: %s: the watch delivered %v where the writer did %v", w.resource.Resource, got, want)
+			return
+		}
+	}
+	if len(delivered) > len(w.done) {
+		t.Errorf("broke Unique: %s: the watch delivered %v, which nobody did, and %d more", w.resource.Resource, delivered[len(w.done)], len(delivered)-len(w.done)-1)
+	}
+}
+
+// checkState holds what a control plane shows against what this writer was told.
+func (w *writer) checkState(t *testing.T, cp *controlPlane) {
+	t.Helper()
+	list, err := w.resource.in(cp, w.namespace).List(t.Context(), metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -275,7 +306,7 @@ func (w *writer) checkState(t *testing.T) {
 		found[list.Items[i].GetName()] = w.resource.text(&list.Items[i])
 	}
 	for i := range keysPerWriter {
-		name := fmt.Sprintf("w%d-%02d", w.number, i)
+		name := fmt.Sprintf("%s%02d", w.prefix(), i)
 		want, wantThere := w.state[name]
 		got, there := found[name]
 		if there != wantThere || got != want {
@@ -294,9 +325,10 @@ type informers struct {
 	// that must be there if no event was kept from them.
 	handled map[string]map[string]string
 	broken  error
+	relists []error // why an informer could not go on where it was and had to list again
 }
 
-func startInformers(t *testing.T, cp *controlPlane, namespace string) *informers {
+func startInformers(t *testing.T, cp *controlPlane, namespace string, resources []resource) *informers {
 	t.Helper()
 	factory := dynamicinformer.NewFilteredDynamicSharedInformerFactory(cp.dynamic, 0, namespace, nil)
 	result := &informers{byKind: map[string]cache.SharedIndexInformer{}, handled: map[string]map[string]string{}}
@@ -306,6 +338,9 @@ func startInformers(t *testing.T, cp *controlPlane, namespace string) *informers
 		result.byKind[r.kind] = informer
 		result.handled[r.kind] = map[string]string{}
 		if _, err := informer.AddEventHandler(result.handler(r)); err != nil {
+			t.Fatal(err)
+		}
+		if err := informer.SetWatchErrorHandlerWithContext(result.watchFailed); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -320,6 +355,16 @@ func startInformers(t *testing.T, cp *controlPlane, namespace string) *informers
 		}
 	}
 	return result
+}
+
+// watchFailed is told by client-go why a watch or a list ended.
+func (i *informers) watchFailed(ctx context.Context, r *cache.Reflector, err error) {
+	if apierrors.IsResourceExpired(err) || apierrors.IsGone(err) {
+		i.mu.Lock()
+		i.relists = append(i.relists, err)
+		i.mu.Unlock()
+	}
+	cache.DefaultWatchErrorHandler(ctx, r, err)
 }
 
 // handler records what an event handler sees, and that it could not be: an

@@ -6,6 +6,16 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
+// clientURLs are those of all processes that serve the store, sorted.
+func clientURLs(x *exam) []string {
+	urls := []string{"http://" + x.Address}
+	for _, p := range x.Processes {
+		urls = append(urls, "http://"+p.Address)
+	}
+	slices.Sort(urls)
+	return slices.Compact(urls)
+}
+
 var clusterCases = []testCase{
 	{name: "MemberList has the one member under the name, id and address it serves", run: func(x *exam) {
 		for _, linearizable := range []bool{true, false} {
@@ -18,8 +28,8 @@ var clusterCases = []testCase{
 			equal(x, "name", m.Name, "default")
 			equal(x, "id", m.ID, r.Header.MemberId)
 			equal(x, "learner", m.IsLearner, false)
-			if !slices.Equal(m.ClientURLs, []string{"http://" + x.Address}) {
-				x.Errorf("client URLs are %v, want the one of %s", m.ClientURLs, x.Address)
+			if got := slices.Sorted(slices.Values(m.ClientURLs)); !slices.Equal(got, clientURLs(x)) {
+				x.Errorf("client URLs are %v, want %v", got, clientURLs(x))
 			}
 			if len(m.PeerURLs) == 0 {
 				x.Error("no peer URL")
@@ -35,8 +45,8 @@ var clusterCases = []testCase{
 		if err := c.Sync(x.ctx); err != nil {
 			x.Fatal(err)
 		}
-		if got := c.Endpoints(); !slices.Equal(got, []string{"http://" + x.Address}) {
-			x.Errorf("endpoints are %v", got)
+		if got := slices.Sorted(slices.Values(c.Endpoints())); !slices.Equal(got, clientURLs(x)) {
+			x.Errorf("endpoints are %v, want %v", got, clientURLs(x))
 		}
 	}},
 }

@@ -74,6 +74,16 @@ func blank(a answer) error {
 	return nil
 }
 
+// forgiveLag makes the revision in the header of b, which answers a renewal, that of a if it is an older one. Such a header
+// tells what the process knew when it was asked (etcd's member, too), which may be less than its neighbours knew. Whether
+// the lease is there must be right nevertheless.
+func forgiveLag(a, b answer) {
+	x, y := a.message.(*pb.LeaseKeepAliveResponse).GetHeader(), b.message.(*pb.LeaseKeepAliveResponse).GetHeader()
+	if x != nil && y != nil && y.Revision < x.Revision {
+		y.Revision = x.Revision
+	}
+}
+
 // sameAnswer compares two blanked answers.
 func sameAnswer(request proto.Message, a, b answer) bool {
 	if a.err != nil || b.err != nil {

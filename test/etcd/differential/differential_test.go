@@ -17,12 +17,13 @@ import (
 )
 
 var (
-	seedFlag    = flag.Uint64("seed", 0, "seed of the first sequence; 0 draws one")
-	countFlag   = flag.Int("n", 20_000, "operations to play")
-	lengthFlag  = flag.Int("length", 1000, "operations in one sequence; each begins with an empty store")
-	pairsFlag   = flag.Int("pairs", 8, "pairs of servers that play at once; most of the time is spent waiting for etcd's watchers to catch up")
-	againstFlag = flag.String("against", "quire", "server to compare with etcd: quire, or etcd to try the test itself")
-	shrinkFlag  = flag.Duration("shrink", 90*time.Second, "time to look for a shorter sequence with the same outcome; 0 does not look")
+	seedFlag      = flag.Uint64("seed", 0, "seed of the first sequence; 0 draws one")
+	countFlag     = flag.Int("n", 20_000, "operations to play")
+	lengthFlag    = flag.Int("length", 1000, "operations in one sequence; each begins with an empty store")
+	pairsFlag     = flag.Int("pairs", 8, "pairs of servers that play at once; most of the time is spent waiting for etcd's watchers to catch up")
+	processesFlag = flag.Int("processes", 1, "quire processes on one database, of which each operation goes to one drawn at random; more than one needs QUIRE_STORAGE=postgres")
+	againstFlag   = flag.String("against", "quire", "server to compare with etcd: quire, or etcd to try the test itself")
+	shrinkFlag    = flag.Duration("shrink", 90*time.Second, "time to look for a shorter sequence with the same outcome; 0 does not look")
 )
 
 // TestSameAnswersAsEtcd plays random operations of the KV, Watch and Lease services on etcd and on quire
@@ -30,11 +31,15 @@ var (
 //
 //	go test ./differential -args -seed=… -n=… -pairs=1
 //
-// plays that one again.
+// plays that one again. With -processes=3 quire is three processes on one database: together they must give the
+// answers of one etcd, and the watchers of each must be told the same.
 func TestSameAnswersAsEtcd(t *testing.T) {
 	second := start.Func(start.Quire)
-	if *againstFlag == "etcd" {
+	switch {
+	case *againstFlag == "etcd":
 		second = start.Etcd
+	case *processesFlag > 1:
+		second = start.Several(*processesFlag)
 	}
 	seed := *seedFlag
 	if seed == 0 {
@@ -103,7 +108,7 @@ func report(t *testing.T, q sequence, seed uint64, second start.Func) {
 		t.Errorf("sequence %d could not go on: %v\n%s", seed, q.err, tail(q))
 		return
 	}
-	t.Errorf("difference; play again with -args -seed=%d -n=%d -pairs=1\n%s\n%v", seed, len(q.operations), tail(q), d)
+	t.Errorf("difference; play again with -args -seed=%d -n=%d -pairs=1 -processes=%d\n%s\n%v", seed, len(q.operations), *processesFlag, tail(q), d)
 	if *shrinkFlag == 0 {
 		return
 	}

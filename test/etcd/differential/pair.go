@@ -16,46 +16,63 @@ import (
 	"github.com/quire-db/quire/test/etcd/start"
 )
 
-// side is one of the two servers with its long-lived streams.
+// side is one of the two servers with its long-lived streams. The server may be several processes.
 type side struct {
-	server    *start.Server
-	keepAlive pb.Lease_LeaseKeepAliveClient
-	truth     *watchStream // sees every event of the store
-	watch     [streams]*watchStream
-	stop      context.CancelFunc
+	server *start.Server
+	// One for each process, taken in turn.
+	keepAlives []pb.Lease_LeaseKeepAliveClient
+	renewals   int
+	// One for each process: it sees every event of the store.
+	truths []*watchStream
+	watch  [streams]*watchStream
+	stop   context.CancelFunc
 }
 
 const truthID = 1
 
 func newSide(s *start.Server) (*side, error) {
 	ctx, cancel := context.WithCancel(context.Background())
-	k, err := s.Lease.LeaseKeepAlive(ctx)
-	if err != nil {
-		cancel()
-		return nil, err
+	d := &side{server: s, stop: cancel}
+	processes := s.Processes
+	if len(processes) == 0 {
+		processes = []*start.Server{s}
 	}
-	truth, err := openStream(s.Watch)
-	if err != nil {
-		cancel()
-		return nil, err
-	}
-	d := &side{server: s, keepAlive: k, truth: truth, stop: cancel}
-	err = truth.rpc.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
-		Key: []byte{0}, RangeEnd: []byte{0}, PrevKv: true, WatchId: truthID,
-	}}})
-	if err == nil {
-		_, err = truth.control("the watch on everything is created", 0)
-	}
-	if err != nil {
-		d.close()
-		return nil, err
+	for _, p := range processes {
+		if err := d.join(ctx, p); err != nil {
+			d.close()
+			return nil, err
+		}
 	}
 	return d, nil
 }
 
+// join opens the streams of one process.
+func (d *side) join(ctx context.Context, p *start.Server) error {
+	k, err := p.Lease.LeaseKeepAlive(ctx)
+	if err != nil {
+		return err
+	}
+	d.keepAlives = append(d.keepAlives, k)
+	truth, err := openStream(p.Watch)
+	if err != nil {
+		return err
+	}
+	d.truths = append(d.truths, truth)
+	err = truth.rpc.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
+		Key: []byte{0}, RangeEnd: []byte{0}, PrevKv: true, WatchId: truthID,
+	}}})
+	if err != nil {
+		return err
+	}
+	_, err = truth.control("the watch on everything is created", 0)
+	return err
+}
+
 func (d *side) close() {
 	d.stop()
-	d.truth.close()
+	for _, s := range d.truths {
+		s.close()
+	}
 	d.closeStreams()
 }
 
@@ -137,9 +154,12 @@ func (p *pair) both(f func(*side) answer) (a, b answer) {
 	return a, <-done
 }
 
-// reset brings both stores to the same empty state: no keys, no leases, no watches, everything compacted.
-func (p *pair) reset() error {
+// reset brings both stores to the same empty state: no keys, no leases, no watches, everything compacted. Which process
+// of a server gets which request follows from the seed.
+func (p *pair) reset(seed uint64) error {
 	for _, d := range p.sides {
+		d.server.DrawFrom(seed)
+		d.renewals = int(seed % 97)
 		d.closeStreams()
 	}
 	for i := range p.open {
@@ -206,6 +226,9 @@ func (p *pair) play(o operation) error {
 		p.counts[string(o.kind)+" refused"]++
 		return nil
 	}
+	if o.kind == opKeepAlive && len(p.sides[1].truths) > 1 {
+		forgiveLag(a, b)
+	}
 	for i, x := range []answer{a, b} {
 		if err := blank(x); err != nil {
 			return &difference{what: fmt.Sprintf("%s: %v", p.sides[i].server.Name, err), first: a.String(), second: b.String()}
@@ -254,8 +277,10 @@ func (d *side) call(o operation) answer {
 	case *pb.LeaseLeasesRequest:
 		m, err = s.Lease.LeaseLeases(ctx, r)
 	case *pb.LeaseKeepAliveRequest:
-		if err = d.keepAlive.Send(r); err == nil {
-			m, err = d.keepAlive.Recv()
+		k := d.keepAlives[d.renewals%len(d.keepAlives)]
+		d.renewals++
+		if err = k.Send(r); err == nil {
+			m, err = k.Recv()
 		}
 	default:
 		panic(fmt.Sprintf("no call for %s", o))
@@ -462,24 +487,28 @@ func (p *pair) learn() error {
 	if p.seen >= p.head {
 		return nil
 	}
-	var got [2][]*mvccpb.Event
+	var judged []*mvccpb.Event
 	for i, d := range p.sides {
-		s := d.truth
-		err := s.wait(fmt.Sprintf("revision %d on the watch on everything of %s", p.head, d.server.Name), func() bool {
-			e := s.events[truthID]
-			return len(e) > 0 && e[len(e)-1].Kv.ModRevision >= p.head
-		})
-		if err != nil {
-			return &difference{what: fmt.Sprintf("%s: %v", d.server.Name, err)}
-		}
-		if got[i], err = s.take(truthID, 0, ""); err != nil {
-			return &difference{what: fmt.Sprintf("%s: %v", d.server.Name, err)}
+		for n, s := range d.truths {
+			err := s.wait(fmt.Sprintf("revision %d on the watch on everything of %s, process %d", p.head, d.server.Name, n), func() bool {
+				e := s.events[truthID]
+				return len(e) > 0 && e[len(e)-1].Kv.ModRevision >= p.head
+			})
+			if err != nil {
+				return &difference{what: fmt.Sprintf("%s, process %d: %v", d.server.Name, n, err)}
+			}
+			got, err := s.take(truthID, 0, "")
+			if err != nil {
+				return &difference{what: fmt.Sprintf("%s, process %d: %v", d.server.Name, n, err)}
+			}
+			if i == 0 {
+				judged = got
+			} else if !sameEvents(judged, got) {
+				return &difference{what: fmt.Sprintf("the watches on everything differ (process %d)", n), first: formatEvents(judged), second: formatEvents(got)}
+			}
 		}
 	}
-	if !sameEvents(got[0], got[1]) {
-		return &difference{what: "the watches on everything differ", first: formatEvents(got[0]), second: formatEvents(got[1])}
-	}
-	p.history.Events = append(p.history.Events, got[0]...)
+	p.history.Events = append(p.history.Events, judged...)
 	p.seen = p.head
 	return nil
 }

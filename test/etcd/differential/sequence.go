@@ -10,6 +10,7 @@ import (
 
 // sequence is what was played on a pair from an empty store until it ended or a difference showed.
 type sequence struct {
+	seed       uint64
 	base       int64 // revision of the store at its beginning
 	operations []operation
 	err        error // a *difference, or what kept the test from going on
@@ -18,8 +19,8 @@ type sequence struct {
 // random plays up to n random operations from an empty store. After each the generator is told what the
 // store looks like, so that what it makes has a meaning there.
 func random(p *pair, seed uint64, n int) sequence {
-	var q sequence
-	if q.err = p.reset(); q.err != nil {
+	q := sequence{seed: seed}
+	if q.err = p.reset(seed); q.err != nil {
 		return q
 	}
 	q.base = p.base
@@ -44,7 +45,7 @@ func random(p *pair, seed uint64, n int) sequence {
 
 // replay plays q again on another pair.
 func replay(p *pair, q sequence) error {
-	if err := p.reset(); err != nil {
+	if err := p.reset(q.seed); err != nil {
 		return err
 	}
 	for _, o := range q.operations {
@@ -95,7 +96,7 @@ func shrink(t *testing.T, q sequence, first, second start.Func, deadline time.Ti
 				return q
 			}
 			from := max(to-size, 0)
-			try := sequence{base: q.base}
+			try := sequence{seed: q.seed, base: q.base}
 			try.operations = append(append(try.operations, q.operations[:from]...), q.operations[to:]...)
 			if err := fails(try); err != nil {
 				q, dropped = try, true

@@ -48,16 +48,18 @@ func Binary(t testing.TB) string {
 	return path
 }
 
-// Quire starts the binary with a new data directory on a free port and waits until it is ready. When the
-// test ends it must stop on SIGTERM with status 0.
+// Quire starts the binary on a free port with a new data directory, or a new database where $QUIRE_STORAGE is
+// "postgres", and waits until it is ready. When the test ends it must stop on SIGTERM with status 0.
 func Quire(t testing.TB, o Options) *Server {
 	t.Helper()
 	return QuireIn(t, filepath.Join(tempDir(t), "data"), o)
 }
 
-// QuireIn is Quire with a data directory of the caller, which may hold data already.
+// QuireIn is Quire with a data directory of the caller, which may hold data already. On Postgres the directory
+// stands for a database, see StorageFlags.
 func QuireIn(t testing.TB, dataDir string, o Options, extra ...string) *Server {
 	t.Helper()
+	storage := StorageFlags(t, dataDir)
 	const attempts = 5
 	for attempt := 1; ; attempt++ {
 		address := FreeAddress(t)
@@ -66,6 +68,7 @@ func QuireIn(t testing.TB, dataDir string, o Options, extra ...string) *Server {
 			"--listen-client-urls=http://" + address,
 			"--advertise-client-urls=http://" + address,
 		}, quireFlags(o)...)
+		args = append(args, storage...)
 		p := Run(t, nil, append(args, extra...)...)
 		if err := p.WaitReady(60 * time.Second); err != nil {
 			if attempt < attempts && strings.Contains(p.Output(), "address already in use") {

@@ -36,7 +36,7 @@ type Func func(t testing.TB, o Options) *Server
 type Server struct {
 	Name    string // "etcd" or "quire"
 	Address string // host:port of the client listener
-	Conn    *grpc.ClientConn
+	Conn    grpc.ClientConnInterface
 
 	KV          pb.KVClient
 	Watch       pb.WatchClient
@@ -47,6 +47,10 @@ type Server struct {
 
 	// Process is the quire process; nil for etcd.
 	Process *Process
+
+	// Processes are the servers that Several has made one of; nil for others.
+	Processes []*Server
+	spread    *spread
 }
 
 // URL is the address of an HTTP endpoint of the server.
@@ -54,6 +58,11 @@ func (s *Server) URL(path string) string { return "http://" + s.Address + path }
 
 // Get fetches an HTTP endpoint. The connection is closed with the answer.
 func (s *Server) Get(ctx context.Context, path string) (*http.Response, error) {
+	if s.spread != nil {
+		if err := s.Processes[0].catchUp(ctx); err != nil {
+			return nil, err
+		}
+	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.URL(path), nil)
 	if err != nil {
 		return nil, err
@@ -81,6 +90,11 @@ func (s *Server) dial(t testing.TB, config *tls.Config) {
 		t.Fatalf("dial %s at %s: %v", s.Name, s.Address, err)
 	}
 	t.Cleanup(func() { conn.Close() })
+	s.connect(conn)
+}
+
+// connect makes the stubs.
+func (s *Server) connect(conn grpc.ClientConnInterface) {
 	s.Conn = conn
 	s.KV = pb.NewKVClient(conn)
 	s.Watch = pb.NewWatchClient(conn)

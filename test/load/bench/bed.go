@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -13,15 +14,17 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/quire-db/quire/test/load/proc"
+	"github.com/quire-db/quire/test/postgres"
 )
 
-// bed is one server in one scene: a process of its own with data of its own.
+// bed is one server in one scene: one or more processes of its own with data of their own.
 type bed struct {
-	o     *options
-	kind  string // as in -servers
-	spec  proc.Spec
-	p     *proc.Process
-	conns []*grpc.ClientConn
+	o        *options
+	kind     string    // as in -servers
+	spec     proc.Spec // of the first process
+	database string    // name of its database in PostgreSQL; "" if it uses none
+	p        fleet
+	conns    []*grpc.ClientConn // conns[i] leads to process i % len(p)
 
 	keys  map[string]*keySet // what prepare has loaded, by prefix
 	walks map[string]*walk   // lists that go on in the next round
@@ -38,7 +41,7 @@ func (o *options) quotaFlag() string { return fmt.Sprintf("--quota-backend-bytes
 // kineFull is kine's own default data source with synchronous=FULL in the place of NORMAL.
 const kineFull = "sqlite://./db/state.db?_journal_mode=WAL&_busy_timeout=30000&_synchronous=FULL&_txlock=immediate&_stmt_cache_size=20&cache=shared"
 
-func newBed(o *options, kind, scene string) (*bed, error) {
+func newBed(ctx context.Context, o *options, kind, scene string) (*bed, error) {
 	b := &bed{
 		o: o, kind: kind, keys: map[string]*keySet{}, walks: map[string]*walk{}, marks: map[string]int64{},
 		spec: proc.Spec{Binary: o.binaries[kind], Dir: filepath.Join(o.dir, scene+"-"+kind), Kind: kind},
@@ -54,6 +57,22 @@ func newBed(o *options, kind, scene string) (*bed, error) {
 		b.spec.Flags = []string{o.quotaFlag()}
 	case floor:
 		b.spec.Kind = "etcd" // whose command line it takes
+	case quirePostgres, quirePostgres3, kinePostgres:
+		if err := o.database.Resume(); err != nil {
+			return nil, err
+		}
+		var err error
+		if b.database, err = o.database.NewDatabase(ctx); err != nil {
+			return nil, err
+		}
+		dsn := o.database.DSN(b.database, postgres.Superuser)
+		if kind == kinePostgres {
+			b.spec.Kind = "kine"
+			b.spec.Flags = []string{"--endpoint=" + dsn}
+		} else {
+			b.spec.Kind = "quire"
+			b.spec.Flags = []string{"--storage=" + dsn, o.quotaFlag()}
+		}
 	}
 	return b, nil
 }
@@ -70,42 +89,80 @@ func able(kind string, w workload) bool { return kind != floor || floorRows.Matc
 // isKine: the server knows only kube-apiserver's shapes of requests.
 func (b *bed) isKine() bool { return b.spec.Kind == "kine" }
 
-// start starts the server on fresh ports and returns how long it took until it answered a read.
+// start starts the server's processes at once on fresh ports and returns how long it took until all of them had answered a read.
 func (b *bed) start(ctx context.Context) (time.Duration, error) {
-	var err error
-	if b.spec.Addr, err = proc.FreeAddr(); err != nil {
-		return 0, err
-	}
-	if b.spec.Peer, err = proc.FreeAddr(); err != nil {
-		return 0, err
-	}
-	if b.p, err = proc.Start(b.spec); err != nil {
-		return 0, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
-	first := time.Duration(0)
-	err = b.p.Wait(ctx, func(ctx context.Context) error {
-		// A connection that failed waits before it tries again: ask with a new one each time.
-		conns, err := dial(b.spec.Addr, 1)
+	for i := range processes(b.kind) {
+		s := b.spec
+		if i > 0 {
+			s.Dir = filepath.Join(s.Dir, fmt.Sprintf("process-%d", i+1))
+		}
+		var err error
+		if s.Addr, err = proc.FreeAddr(); err != nil {
+			return 0, err
+		}
+		if s.Peer, err = proc.FreeAddr(); err != nil {
+			return 0, err
+		}
+		p, err := proc.Start(s)
 		if err != nil {
+			return 0, err
+		}
+		b.p = append(b.p, p)
+	}
+	b.spec = b.p[0].Spec
+	if err := b.answers(ctx); err != nil {
+		return 0, err
+	}
+	return time.Since(b.p[0].Started), b.connect()
+}
+
+// answers returns when all processes have answered a read.
+func (b *bed) answers(ctx context.Context) error {
+	for _, p := range b.p {
+		if err := p.Wait(ctx, func(ctx context.Context) error {
+			// A connection that failed waits before it tries again: ask with a new one each time.
+			conns, err := dial(p.Spec.Addr, 1)
+			if err != nil {
+				return err
+			}
+			defer conns[0].Close()
+			return callProto(ctx, conns[0], methodRange, &pb.RangeRequest{Key: []byte("/registry/health")}, &pb.RangeResponse{})
+		}); err != nil {
 			return err
 		}
-		defer conns[0].Close()
-		r := &pb.RangeResponse{}
-		if err := callProto(ctx, conns[0], methodRange, &pb.RangeRequest{Key: []byte("/registry/health")}, r); err != nil {
-			return err
-		}
-		first = time.Since(b.p.Started)
+	}
+	return nil
+}
+
+// awakeLimit is how long a server on PostgreSQL may take until it serves again after it was stopped.
+const awakeLimit = 30 * time.Second
+
+// awake returns when a server on PostgreSQL serves again after it was stopped: what it had asked the database then has taken
+// longer, by its clock, than it waits, and it answers that the database is away until it has asked again.
+func (b *bed) awake(ctx context.Context) error {
+	if b.database == "" {
 		return nil
-	})
-	if err != nil {
-		return 0, err
 	}
-	if b.conns, err = dial(b.spec.Addr, b.o.conns); err != nil {
-		return 0, err
+	ctx, cancel := context.WithTimeout(ctx, awakeLimit)
+	defer cancel()
+	return b.answers(ctx)
+}
+
+// connect opens the clients' connections, to one process after the other, equally many to each.
+func (b *bed) connect() error {
+	perProcess := (b.o.conns + len(b.p) - 1) / len(b.p)
+	for range perProcess {
+		for _, p := range b.p {
+			c, err := dial(p.Spec.Addr, 1)
+			if err != nil {
+				return err
+			}
+			b.conns = append(b.conns, c...)
+		}
 	}
-	return first, nil
+	return nil
 }
 
 // kill ends the server with SIGKILL.
@@ -115,26 +172,42 @@ func (b *bed) kill() error {
 		errs = append(errs, c.Close())
 	}
 	b.conns = nil
-	if b.p != nil {
-		b.p.Kill()
-		b.p = nil
-	}
+	b.p.Kill()
+	b.p = nil
 	return errors.Join(errs...)
 }
 
 // discard ends the server and removes its data.
 func (b *bed) discard() error {
-	return errors.Join(b.kill(), os.RemoveAll(b.spec.Dir))
+	return errors.Join(b.kill(), b.dropDatabase(), os.RemoveAll(b.spec.Dir))
 }
 
-// alive says why the server is gone, if it is.
-func (b *bed) alive() error {
-	select {
-	case <-b.p.Done():
-		return fmt.Errorf("the server ended by itself: %s", b.p.LogTail(500))
-	default:
+// dropDatabase does nothing if there is none.
+func (b *bed) dropDatabase() error {
+	if b.database == "" {
 		return nil
 	}
+	if err := b.o.database.Resume(); err != nil {
+		return err
+	}
+	// Not the context of the run, which may have ended.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	err := b.o.database.DropDatabase(ctx, b.database)
+	b.database = ""
+	return err
+}
+
+// alive says why the server is gone, if one of its processes is.
+func (b *bed) alive() error {
+	for _, p := range b.p {
+		select {
+		case <-p.Done():
+			return fmt.Errorf("the server ended by itself: %s", p.LogTail(500))
+		default:
+		}
+	}
+	return nil
 }
 
 // revision asks for the store's present revision.
@@ -173,15 +246,33 @@ func (b *bed) restore() error {
 
 // usage is what the server has used so far.
 type usage struct {
-	cpu     time.Duration
-	written int64
+	cpu      time.Duration
+	written  int64   // bytes, PostgreSQL's included
+	database float64 // seconds of PostgreSQL's processor time; not a number if the server does not use it
 }
 
-func (b *bed) usage() (usage, error) {
-	cpu, err := b.p.CPU()
+func (b *bed) usage() (u usage, err error) {
+	if u.cpu, err = b.p.CPU(); err != nil {
+		return usage{}, err
+	}
+	if u.written, err = b.p.WrittenBytes(); err != nil {
+		return usage{}, err
+	}
+	if b.database == "" {
+		u.database = math.NaN()
+		return u, nil
+	}
+	cpu, err := b.o.database.family.CPU()
 	if err != nil {
 		return usage{}, err
 	}
-	written, err := b.p.WrittenBytes()
-	return usage{cpu: cpu, written: written}, err
+	written, err := b.o.database.family.WrittenBytes()
+	u.database = cpu.Seconds()
+	u.written += written
+	return u, err
+}
+
+// since is what was used after an earlier reading.
+func (u usage) since(before usage) usage {
+	return usage{cpu: u.cpu - before.cpu, written: u.written - before.written, database: u.database - before.database}
 }

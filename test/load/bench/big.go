@@ -20,28 +20,13 @@ func bigScene() scene {
 	return scene{
 		name: "big",
 		prepare: func(ctx context.Context, b *bed) error {
-			n, updates := b.o.scale(bigKeys), b.o.scale(bigUpdates)
-			s, err := b.load(ctx, big, n, kib)
-			if err != nil {
-				return err
-			}
-			if b.marks[big], err = b.revision(ctx); err != nil {
-				return err
-			}
-			if err := b.fixed(ctx, 50, 50, func(ctx context.Context, w *worker, i int) error {
-				for k := range updates / 50 {
-					if err := s.update(ctx, w, i*(bigHot/50)+k%(bigHot/50)); err != nil {
-						return err
-					}
-				}
-				return nil
-			}); err != nil {
+			if err := loadBig(ctx, b); err != nil {
 				return err
 			}
 			if err := b.save(); err != nil {
 				return err
 			}
-			_, err = b.start(ctx)
+			_, err := b.start(ctx)
 			return err
 		},
 		workloads: []workload{
@@ -59,6 +44,25 @@ func bigScene() scene {
 			},
 		},
 	}
+}
+
+func loadBig(ctx context.Context, b *bed) error {
+	n, updates := b.o.scale(bigKeys), b.o.scale(bigUpdates)
+	s, err := b.load(ctx, big, n, kib)
+	if err != nil {
+		return err
+	}
+	if b.marks[big], err = b.revision(ctx); err != nil {
+		return err
+	}
+	return b.fixed(ctx, 50, 50, func(ctx context.Context, w *worker, i int) error {
+		for k := range updates / 50 {
+			if err := s.update(ctx, w, i*(bigHot/50)+k%(bigHot/50)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // coolUpdate updates a key that is not among the hot ones; each worker has its own.

@@ -139,7 +139,7 @@ func stalledWatch(ctx context.Context, b *bed) ([]float64, error) {
 		return nil, err
 	}
 	defer conns[0].Close()
-	ws, err := b.openWatches(ctx, conns[0], [2]string{rows, rows + "\xff"})
+	ws, err := b.openWatches(ctx, conns[0], prefixRange(rows))
 	if err != nil {
 		return nil, err
 	}

@@ -18,6 +18,16 @@ type keySet struct {
 
 func (s *keySet) key(i int) []byte { return fmt.Appendf(nil, "%s%06d", s.prefix, i) }
 
+// prefixEnd is the range end for all keys with a prefix, as kube-apiserver writes it: the prefix with its last byte one greater.
+// A prefix with a 0xff behind it, which covers the same keys here, is no text that kine can hand to PostgreSQL.
+func prefixEnd(prefix string) string {
+	last := len(prefix) - 1
+	return prefix[:last] + string(rune(prefix[last]+1))
+}
+
+// prefixRange are both ends.
+func prefixRange(prefix string) [2]string { return [2]string{prefix, prefixEnd(prefix)} }
+
 // filling is the value of all writes: bytes that do not compress.
 var filling = func() []byte {
 	b := make([]byte, 1<<16)

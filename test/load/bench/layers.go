@@ -7,6 +7,7 @@ const (
 	layerGRPC    = "grpc-go and HTTP/2"
 	layerProto   = "protobuf, etcd's messages"
 	layerSQLite  = "SQLite (modernc.org)"
+	layerPgx     = "pgx, the driver for PostgreSQL"
 	layerLibrary = "Go's library (net, sync, context, …)"
 	layerElse    = "others (metrics, …)"
 	layerAlone   = "the Go runtime by itself"
@@ -31,6 +32,7 @@ var layerPrefixes = []struct{ prefix, layer string }{
 	{"go.etcd.io/etcd/api", layerProto},
 	{"github.com/golang/protobuf", layerProto},
 	{"modernc.org/", layerSQLite},
+	{"github.com/jackc/pgx", layerPgx},
 	{"golang.org/x/sys/", layerLibrary}, // system calls
 }
 

@@ -42,7 +42,7 @@ func leasesDue(ctx context.Context, b *bed) ([]float64, error) {
 	n := b.o.scale(leaseCount)
 	b.fresh++
 	prefix := fmt.Sprintf("%s%d/", leased, b.fresh)
-	ws, err := b.openWatches(ctx, b.conns[0], [2]string{prefix, prefix + "\xff"})
+	ws, err := b.openWatches(ctx, b.conns[0], prefixRange(prefix))
 	if err != nil {
 		return nil, err
 	}

@@ -116,7 +116,7 @@ func (b *bed) closedLoopDuring(ctx context.Context, n int, op func(context.Conte
 		}
 		return r, context.Cause(ctx)
 	}
-	r.used = usage{cpu: after.cpu - before.cpu, written: after.written - before.written}
+	r.used = after.since(before)
 	for _, w := range workers {
 		r.ops += w.done
 		r.counted += w.counted

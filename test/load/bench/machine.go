@@ -78,7 +78,7 @@ func syncTime(dir string) (time.Duration, error) {
 
 // describe says what a server is: the version it answers with, and what is not obvious of how it runs.
 func describe(ctx context.Context, o *options, kind string) (string, error) {
-	b, err := newBed(o, kind, "version")
+	b, err := newBed(ctx, o, kind, "version")
 	if err != nil {
 		return "", err
 	}
@@ -99,6 +99,12 @@ func describe(ctx context.Context, o *options, kind string) (string, error) {
 			"a commit is **not** synced, a power cut loses acknowledged writes. Its 'put' is an update Txn: its Put of an existing key answers success without having written", r.Version), nil
 	case "kine-full":
 		return "kine-full: the same kine with `_synchronous=FULL`: each commit is synced, as etcd and quire do", nil
+	case kinePostgres:
+		return fmt.Sprintf("kine-pg: kine v0.16.4 (answers as etcd %s) on PostgreSQL, no settings of its own. Its 'put' is an update Txn: its Put of an existing key answers success without having written", r.Version), nil
+	case quirePostgres:
+		return fmt.Sprintf("quire-pg: %s, one process on PostgreSQL, no other settings than %s", r.Version, o.quotaFlag()), nil
+	case quirePostgres3:
+		return "quire-pg3: three such processes, each with a third of the clients' connections; processor time and memory are sums over them", nil
 	case "etcd":
 		return fmt.Sprintf("etcd: %s, every acknowledged write synced, no other settings than %s; its resident memory includes the mapped database file", r.Version, o.quotaFlag()), nil
 	default:

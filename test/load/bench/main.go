@@ -35,8 +35,12 @@ type options struct {
 	divide   int           // sizes of data sets are divided by this
 	quota    int64         // in bytes, of etcd's and quire's database
 	profile  bool          // profile quire instead of measuring it
+	postgres bool          // measure servers on PostgreSQL, in a table of their own
+	bloat    bool          // see whether a database on PostgreSQL grows, instead of measuring
+	duration time.Duration // of bloat
 	extents  []extent      // if there are any, scale is measured instead of the workloads
 	servers  []string
+	database *database         // nil if no server needs it
 	binaries map[string]string // by server
 	out      string            // document to write the table into; empty: only print
 	dir      string            // of all data
@@ -97,12 +101,29 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(o.dir)) }()
 
+	if slices.ContainsFunc(o.servers, onPostgres) {
+		if o.database, err = startDatabase(ctx, o.dir); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, o.database.Stop()) }()
+	}
 	if o.profile {
 		return o.runProfiles(ctx)
+	}
+	if o.bloat {
+		return o.runBloat(ctx)
 	}
 	if len(o.extents) > 0 {
 		return o.runScale(ctx)
 	}
+	if o.postgres {
+		return o.runScenes(ctx, postgresScenes(), postgresMarks)
+	}
+	return o.runScenes(ctx, []scene{writeScene(), listScene(), watchScene(), leaseScene(), boundedScene(), fairScene(), bigScene()}, benchMarks)
+}
+
+// runScenes measures and writes the table.
+func (o *options) runScenes(ctx context.Context, scenes []scene, m marks) error {
 	facts, err := o.facts(ctx)
 	if err != nil {
 		return err
@@ -111,7 +132,7 @@ func run(ctx context.Context, args []string) (err error) {
 		o.rounds, o.seconds, o.conns))
 
 	var rows []row
-	for _, s := range []scene{writeScene(), listScene(), watchScene(), leaseScene(), boundedScene(), fairScene(), bigScene()} {
+	for _, s := range scenes {
 		got, err := o.play(ctx, s)
 		if err != nil {
 			return err
@@ -123,7 +144,7 @@ func run(ctx context.Context, args []string) (err error) {
 	if o.out == "" {
 		return nil
 	}
-	return insert(o.out, benchMarks, text)
+	return insert(o.out, m, text)
 }
 
 // facts describes the machine and the servers, as lines of Markdown.
@@ -131,6 +152,9 @@ func (o *options) facts(ctx context.Context) ([]string, error) {
 	facts, err := machineFacts(o.dir)
 	if err != nil {
 		return nil, err
+	}
+	if o.database != nil {
+		facts = append(facts, o.database.fact())
 	}
 	for _, s := range o.servers {
 		if s == floor { // it has no version to ask for
@@ -154,9 +178,12 @@ func parse(args []string) (*options, error) {
 	o := &options{warmup: 500 * time.Millisecond, settle: time.Second, quota: 8 << 30}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	only := f.String("only", "", "measure only the workloads whose name matches this expression; the document is left alone")
-	servers := f.String("servers", "", "servers to measure: quire, etcd, kine, kine-full (kine with synchronous=FULL), floor (does nothing but gRPC and a synced file); without it quire,etcd,kine, and for -scale quire,etcd (1m) or quire (20g)")
+	servers := f.String("servers", "", "servers to measure: quire, etcd, kine, kine-full (kine with synchronous=FULL), floor (does nothing but gRPC and a synced file); with -postgres, -bloat and -profile also quire-pg, quire-pg3 (three processes) and kine-pg, on PostgreSQL; without it quire,etcd,kine, for -scale quire,etcd (1m) or quire (20g), for -postgres quire-pg,quire-pg3,kine-pg,etcd, for -bloat quire-pg, for -profile quire")
 	scale := f.String("scale", "", "measure large databases instead, in tables of their own: 1m (1M keys, 3M revisions), 20g (20 GiB) or 1m,20g")
-	f.BoolVar(&o.profile, "profile", false, "profile quire under some workloads instead of measuring")
+	f.BoolVar(&o.profile, "profile", false, "profile quire under some workloads instead of measuring; of another server than quire it is only printed")
+	f.BoolVar(&o.postgres, "postgres", false, "measure servers that keep their data in PostgreSQL, in a table of their own")
+	f.BoolVar(&o.bloat, "bloat", false, "see whether a database on PostgreSQL grows under 500 updates/s with 12 compactions, a line for each sixtieth of -duration")
+	f.DurationVar(&o.duration, "duration", bloatFull, "how long -bloat lasts; if less than 1h the document is left alone")
 	f.IntVar(&o.divide, "divide", 1, "divide the sizes of data sets by this; above 1 the document is left alone")
 	quick := f.Bool("quick", false, "small data sets and one short round, to see that everything works; the document is left alone")
 	f.IntVar(&o.rounds, "rounds", 5, "rounds of each measurement")
@@ -176,40 +203,73 @@ func parse(args []string) (*options, error) {
 	if *quick {
 		o.rounds, o.seconds, o.warmup, o.settle, o.divide = 1, 500*time.Millisecond, 100*time.Millisecond, 200*time.Millisecond, 20
 	}
-	if *quick || *only != "" || o.divide > 1 {
+	if *quick || *only != "" || o.divide > 1 || o.bloat && o.duration < bloatFull {
 		o.out = ""
 	}
-	if o.rounds < 1 || o.conns < 1 || o.seconds <= 0 || o.divide < 1 {
-		return nil, errors.New("-rounds, -conns, -seconds and -divide must be positive")
+	if o.rounds < 1 || o.conns < 1 || o.seconds <= 0 || o.divide < 1 || o.duration <= 0 {
+		return nil, errors.New("-rounds, -conns, -seconds, -divide and -duration must be positive")
 	}
 	if *servers != "" {
 		o.servers = strings.Split(*servers, ",")
 	}
 	if *scale == "" && o.servers == nil {
-		o.servers = []string{"quire", "etcd", "kine"}
+		o.servers = o.usualServers()
 	}
 	if *scale != "" {
 		o.quota = scaleQuota
 		if o.extents, err = parseExtents(*scale, o.servers, o.divide); err != nil {
 			return nil, err
 		}
+		o.servers = nil
 		for _, e := range o.extents {
 			o.servers = append(o.servers, e.servers...)
 		}
 	}
-	o.binaries = map[string]string{"quire": *quire, "etcd": *etcd, "kine": *kine, "kine-full": *kine, floor: *floorBin}
+	o.binaries = map[string]string{
+		"quire": *quire, "etcd": *etcd, "kine": *kine, "kine-full": *kine, floor: *floorBin,
+		quirePostgres: *quire, quirePostgres3: *quire, kinePostgres: *kine,
+	}
 	for _, s := range o.servers {
 		if o.binaries[s] == "" {
-			return nil, fmt.Errorf("-servers: %q is unknown: use quire, etcd, kine, kine-full or floor", s)
+			return nil, fmt.Errorf("-servers: %q is unknown: use quire, etcd, kine, kine-full, floor, quire-pg, quire-pg3 or kine-pg", s)
 		}
-		if s == floor && len(o.extents) > 0 {
-			return nil, errors.New("-servers: floor has no values and no history, which -scale measures: leave it out")
+		if err := o.suits(s); err != nil {
+			return nil, fmt.Errorf("-servers: %w", err)
 		}
 		if _, err := os.Stat(o.binaries[s]); err != nil {
 			return nil, fmt.Errorf("no binary of %s: %w (build it with `make build peers`, floor with `make bench`, or leave it out with -servers)", s, err)
 		}
 	}
 	return o, nil
+}
+
+// usualServers are those measured if nothing else is said.
+func (o *options) usualServers() []string {
+	switch {
+	case o.profile:
+		return []string{"quire"}
+	case o.bloat:
+		return []string{quirePostgres}
+	case o.postgres:
+		return []string{quirePostgres, quirePostgres3, kinePostgres, "etcd"}
+	default:
+		return []string{"quire", "etcd", "kine"}
+	}
+}
+
+// suits says why a server cannot be measured as asked.
+func (o *options) suits(server string) error {
+	switch {
+	case server == floor && len(o.extents) > 0:
+		return errors.New("floor has no values and no history, which -scale measures: leave it out")
+	case o.profile && (len(o.servers) > 1 || server != "quire" && server != quirePostgres):
+		return errors.New("-profile takes one server, quire or quire-pg")
+	case o.bloat && !onPostgres(server):
+		return fmt.Errorf("-bloat asks PostgreSQL for its size, and %s does not use it", server)
+	case onPostgres(server) && !o.postgres && !o.bloat && !o.profile:
+		return fmt.Errorf("%s is measured with -postgres, -bloat or -profile", server)
+	}
+	return nil
 }
 
 // play runs one scene on all servers. Only what makes the whole run senseless is an error.
@@ -229,7 +289,7 @@ func (o *options) play(ctx context.Context, s scene) ([]row, error) {
 		if !slices.ContainsFunc(rows, func(r row) bool { return able(kind, r.w) }) {
 			continue
 		}
-		b, err := newBed(o, kind, s.name)
+		b, err := newBed(ctx, o, kind, s.name)
 		if err != nil {
 			return nil, err
 		}
@@ -295,10 +355,16 @@ func (o *options) measure(ctx context.Context, w workload, n int, b *bed, c *cel
 		if b.p == nil {
 			return nil, errors.New("the server did not come back in an earlier measurement")
 		}
+		if err := o.attend(ctx, b); err != nil {
+			return nil, err
+		}
 		if err := b.p.Resume(); err != nil {
 			return nil, err
 		}
 		time.Sleep(100 * time.Millisecond) // timers that were due while it was stopped
+		if err := b.awake(ctx); err != nil {
+			return nil, err
+		}
 		return w.run(ctx, b)
 	}()
 	if b.p != nil {

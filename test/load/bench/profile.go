@@ -56,7 +56,7 @@ func profiledWorkloads() []profiled {
 
 // runProfiles profiles quire under each of the workloads and writes what it found into the document.
 func (o *options) runProfiles(ctx context.Context) (err error) {
-	b, err := newBed(o, "quire", "profile")
+	b, err := newBed(ctx, o, o.servers[0], "profile")
 	if err != nil {
 		return err
 	}
@@ -86,7 +86,7 @@ func (o *options) runProfiles(ctx context.Context) (err error) {
 		text.WriteString(section)
 	}
 	fmt.Println(text.String())
-	if o.out == "" {
+	if o.out == "" || o.servers[0] != "quire" {
 		return nil
 	}
 	return insert(o.out, profileMarks, text.String())
@@ -281,7 +281,7 @@ func fanOut(ctx context.Context, b *bed) (func(context.Context, *worker) error, 
 		var ranges [][2]string
 		for k := range perStream {
 			prefix := string(s.key((i*perStream + k) % s.n))
-			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
+			ranges = append(ranges, prefixRange(prefix))
 		}
 		ws, err := b.openWatches(ctx, b.conns[i%len(b.conns)], ranges...)
 		if err != nil {

@@ -12,7 +12,10 @@ import (
 // marks are the two lines of the document that a table stands between; everything else of it is left alone.
 type marks struct{ begin, end string }
 
-var benchMarks = marks{"<!-- bench:begin (written by make bench) -->", "<!-- bench:end -->"}
+var (
+	benchMarks    = marks{"<!-- bench:begin (written by make bench) -->", "<!-- bench:end -->"}
+	postgresMarks = marks{"<!-- postgres:begin (written by make bench-postgres) -->", "<!-- postgres:end -->"}
+)
 
 // cell is what the rounds gave for one workload on one server.
 type cell struct {
@@ -101,8 +104,12 @@ func short(err error) string {
 	return s
 }
 
-// number3 writes a value with three significant digits, thousands set apart.
+// number3 writes a value with three significant digits, thousands set apart; a dash for one that is not a number: the server
+// has no such figure.
 func number3(v float64) string {
+	if math.IsNaN(v) {
+		return "–"
+	}
 	if v == 0 {
 		return "0"
 	}

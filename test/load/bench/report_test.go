@@ -15,6 +15,9 @@ import (
 )
 
 func TestNumbersHaveThreeDigits(t *testing.T) {
+	if got := number3(math.NaN()); got != "–" {
+		t.Errorf("no figure is written as %q", got)
+	}
 	for v, want := range map[float64]string{
 		0: "0", 0.01234: "0.0123", 0.5: "0.500", 1: "1.00", 12.34: "12.3", 123.4: "123", 1234: "1 230", 18123: "18 100", 1234567: "1 230 000",
 	} {

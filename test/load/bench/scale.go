@@ -285,7 +285,7 @@ func (t *story) open(ctx context.Context, name string, keys int) error {
 	if err := t.close(); err != nil {
 		return err
 	}
-	b, err := newBed(t.o, t.kind, t.e.name+"-"+name)
+	b, err := newBed(ctx, t.o, t.kind, t.e.name+"-"+name)
 	if err != nil {
 		return err
 	}

@@ -76,7 +76,10 @@ func watchScene() scene {
 			{
 				name:    "idle with 100 watches open",
 				metrics: []metric{{unit: "% of one core"}},
-				run:     watchNothing,
+				run: func(ctx context.Context, b *bed) ([]float64, error) {
+					v, err := watchNothing(ctx, b)
+					return v[:1], err
+				},
 			},
 		},
 	}
@@ -205,7 +208,7 @@ func watchIdle(ctx context.Context, b *bed) ([]float64, error) {
 	if err := b.refresh(ctx, watchedOne); err != nil {
 		return nil, err
 	}
-	ws, err := b.openWatches(ctx, b.conns[0], [2]string{watchedOne, watchedOne + "\xff"})
+	ws, err := b.openWatches(ctx, b.conns[0], prefixRange(watchedOne))
 	if err != nil {
 		return nil, err
 	}
@@ -261,7 +264,7 @@ func watchMany(ctx context.Context, b *bed) ([]float64, error) {
 		var ranges [][2]string
 		for k := range perStream {
 			prefix := string(s.key((i*perStream + k) % s.n))
-			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
+			ranges = append(ranges, prefixRange(prefix))
 		}
 		var err error
 		if streams[i], err = b.openWatches(ctx, b.conns[i%len(b.conns)], ranges...); err != nil {
@@ -333,7 +336,7 @@ func watchCatchUp(ctx context.Context, b *bed) ([]float64, error) {
 		return nil, err
 	}
 	req, err := proto.Marshal(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
-		Key: []byte(catchUp), RangeEnd: []byte(catchUp + "\xff"), StartRevision: b.marks[catchUp],
+		Key: []byte(catchUp), RangeEnd: []byte(prefixEnd(catchUp)), StartRevision: b.marks[catchUp],
 	}}})
 	if err != nil {
 		return nil, err
@@ -362,27 +365,28 @@ func watchCatchUp(ctx context.Context, b *bed) ([]float64, error) {
 	return []float64{float64(want) / time.Since(start).Seconds()}, nil
 }
 
-// watchNothing keeps a hundred watches open while nothing happens.
-func watchNothing(ctx context.Context, b *bed) ([]float64, error) {
+// watchNothing keeps a hundred watches open while nothing happens. Its second value is PostgreSQL's.
+func watchNothing(ctx context.Context, b *bed) (busy [2]float64, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	for i := range 10 {
 		var ranges [][2]string
 		for k := range 10 {
 			prefix := fmt.Sprintf("%s%d/%d/", watchedIdle, i, k)
-			ranges = append(ranges, [2]string{prefix, prefix + "\xff"})
+			ranges = append(ranges, prefixRange(prefix))
 		}
 		if _, err := b.openWatches(ctx, b.conns[i%len(b.conns)], ranges...); err != nil {
-			return nil, err
+			return busy, err
 		}
 	}
 	sleep(ctx, b.o.settle)
-	before, err := b.p.CPU()
+	before, err := b.usage()
 	if err != nil {
-		return nil, err
+		return busy, err
 	}
 	start := time.Now()
 	sleep(ctx, b.o.seconds)
-	after, err := b.p.CPU()
-	return []float64{100 * (after - before).Seconds() / time.Since(start).Seconds()}, err
+	after, err := b.usage()
+	used, took := after.since(before), time.Since(start).Seconds()
+	return [2]float64{100 * used.cpu.Seconds() / took, 100 * used.database / took}, err
 }

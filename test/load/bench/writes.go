@@ -62,12 +62,7 @@ func writeScene() scene {
 				name:    "k8s create Txn, 64 clients",
 				metrics: perSecond,
 				run: func(ctx context.Context, b *bed) ([]float64, error) {
-					b.fresh++
-					r, err := b.writing(ctx, workers64, func(ctx context.Context, w *worker) error {
-						w.request = fmt.Appendf(w.request[:0], "/registry/new/%d/%d/%d", b.fresh, w.id, w.rng.Uint64())
-						_, err := create(ctx, w, w.request, kib)
-						return err
-					})
+					r, err := b.writing(ctx, workers64, b.createNew())
 					return []float64{r.perSecond()}, err
 				},
 			},
@@ -83,7 +78,7 @@ func writeScene() scene {
 				name:    "compare-and-swap of 8 hot keys, 64 clients",
 				metrics: []metric{{unit: "wins/s", more: true}, {unit: "attempts per win"}},
 				run: func(ctx context.Context, b *bed) ([]float64, error) {
-					r, err := b.closedLoop(ctx, workers64, b.swapHot())
+					r, err := b.closedLoop(ctx, workers64, b.swapHot(workers64))
 					return []float64{r.perSecond(), r.perOp(float64(r.counted))}, err
 				},
 			},
@@ -99,15 +94,7 @@ func writeScene() scene {
 				name:    "80 % get, 20 % k8s update, 64 clients",
 				metrics: perSecond,
 				run: func(ctx context.Context, b *bed) ([]float64, error) {
-					if err := b.refresh(ctx, rows); err != nil {
-						return nil, err
-					}
-					r, err := b.closedLoop(ctx, workers64, func(ctx context.Context, w *worker) error {
-						if w.rng.IntN(5) == 0 {
-							return b.updateOwn(ctx, w)
-						}
-						return b.get(ctx, w)
-					})
+					r, err := b.mixed(ctx)
 					return []float64{r.perSecond()}, err
 				},
 			},
@@ -127,6 +114,29 @@ func (b *bed) put(ctx context.Context, w *worker) error {
 		return err
 	}
 	return call(ctx, w.conn, methodPut, req, &w.answer)
+}
+
+// createNew makes an operation that creates a key which was never there.
+func (b *bed) createNew() func(ctx context.Context, w *worker) error {
+	b.fresh++
+	return func(ctx context.Context, w *worker) error {
+		w.request = fmt.Appendf(w.request[:0], "/registry/new/%d/%d/%d", b.fresh, w.id, w.rng.Uint64())
+		_, err := create(ctx, w, w.request, kib)
+		return err
+	}
+}
+
+// mixed lets 64 clients do one update to four gets.
+func (b *bed) mixed(ctx context.Context) (result, error) {
+	if err := b.refresh(ctx, rows); err != nil {
+		return result{}, err
+	}
+	return b.closedLoop(ctx, workers64, func(ctx context.Context, w *worker) error {
+		if w.rng.IntN(5) == 0 {
+			return b.updateOwn(ctx, w)
+		}
+		return b.get(ctx, w)
+	})
 }
 
 // writing is closedLoop for operations that write once each: the store's revision tells whether they did.
@@ -196,9 +206,9 @@ func (b *bed) refresh(ctx context.Context, prefix string) error {
 
 // swapHot makes an operation that replaces a hot key if it is still as this client saw it last. Who loses is told what it is
 // now and tries that key again, until it wins: so does kube-apiserver's GuaranteedUpdate. Attempts are counted.
-func (b *bed) swapHot() func(ctx context.Context, w *worker) error {
+func (b *bed) swapHot(clients int) func(ctx context.Context, w *worker) error {
 	s := b.keys[hot]
-	seen := make([][hotKeys]int64, workers64)
+	seen := make([][hotKeys]int64, clients)
 	for i := range seen {
 		copy(seen[i][:], s.revs)
 	}

@@ -17,6 +17,6 @@ func (p *Process) ResetPeak() error {
 
 // PeakRSS is the most memory in bytes that was resident at once, since the start or the last ResetPeak.
 func (p *Process) PeakRSS() (int64, error) {
-	kib, err := p.procField("status", "VmHWM:")
+	kib, err := procField(p.PID(), "status", "VmHWM:")
 	return kib * 1024, err
 }

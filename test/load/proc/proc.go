@@ -223,26 +223,30 @@ func (p *Process) LogTail(n int64) string {
 // CPU is the processor time the process has used so far, in user and kernel mode, threads that have ended included.
 // It is read from the process's own clock (clock_getcpuclockid(3)), which counts in nanoseconds where
 // /proc/pid/stat counts in ticks of 10 ms.
-func (p *Process) CPU() (time.Duration, error) {
+func (p *Process) CPU() (time.Duration, error) { return processorTime(p.PID()) }
+
+func processorTime(pid int) (time.Duration, error) {
 	const sched = 2 // CPUCLOCK_SCHED in the kernel's include/linux/posix-timers.h
 	var t unix.Timespec
-	if err := unix.ClockGettime(int32(^p.PID()<<3|sched), &t); err != nil {
-		return 0, fmt.Errorf("processor time of process %d: %w", p.PID(), err)
+	if err := unix.ClockGettime(int32(^pid<<3|sched), &t); err != nil {
+		return 0, fmt.Errorf("processor time of process %d: %w", pid, err)
 	}
 	return time.Duration(t.Nano()), nil
 }
 
 // RSS is the resident memory in bytes.
 func (p *Process) RSS() (int64, error) {
-	kib, err := p.procField("status", "VmRSS:")
+	kib, err := procField(p.PID(), "status", "VmRSS:")
 	return kib * 1024, err
 }
 
 // WrittenBytes is what the process caused to be written to storage so far (write_bytes of /proc/pid/io).
-func (p *Process) WrittenBytes() (int64, error) { return p.procField("io", "write_bytes:") }
+func (p *Process) WrittenBytes() (int64, error) {
+	return procField(p.PID(), "io", "write_bytes:")
+}
 
-func (p *Process) procField(file, name string) (int64, error) {
-	path := fmt.Sprintf("/proc/%d/%s", p.PID(), file)
+func procField(pid int, file, name string) (int64, error) {
+	path := fmt.Sprintf("/proc/%d/%s", pid, file)
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return 0, err

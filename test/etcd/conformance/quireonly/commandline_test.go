@@ -47,6 +47,13 @@ func serve(t *testing.T, env []string, address string, args ...string) (*start.P
 	return p, pb.NewKVClient(conn)
 }
 
+// dataFlags give a quire a new data directory, and a database that stands for it where the data is not there.
+func dataFlags(t *testing.T) []string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "d")
+	return append([]string{"--data-dir=" + dir}, start.StorageFlags(t, dir)...)
+}
+
 func TestVersionIsPrintedAsEtcdDoes(t *testing.T) {
 	t.Parallel()
 	code, output := run(t, nil, "--version")
@@ -100,13 +107,13 @@ func TestWhatCannotBeMeantIsRefused(t *testing.T) {
 func TestTheFlagsOfAOneMemberEtcdAreTaken(t *testing.T) {
 	t.Parallel()
 	a, peer := start.FreeAddress(t), start.FreeAddress(t)
-	p, kv := serve(t, []string{"ETCD_UNSUPPORTED_ARCH=arm64", "ETCD_VERIFY=all", "ETCD_NO_SUCH_SETTING=1"}, a,
-		"--name", "node-1", "--data-dir", filepath.Join(t.TempDir(), "d"),
+	p, kv := serve(t, []string{"ETCD_UNSUPPORTED_ARCH=arm64", "ETCD_VERIFY=all", "ETCD_NO_SUCH_SETTING=1"}, a, append(dataFlags(t),
+		"--name", "node-1",
 		"--listen-client-urls", "http://"+a, "--advertise-client-urls", "http://"+a,
 		"--listen-peer-urls=http://"+peer, "--initial-advertise-peer-urls=http://"+peer,
 		"--initial-cluster=node-1=http://"+peer, "--initial-cluster-state=new", "--initial-cluster-token=new",
 		"--snapshot-count=10000", "--heartbeat-interval=100", "--election-timeout=1000", "--strict-reconfig-check=false",
-		"--pre-vote", "--logger=zap", "--log-outputs=stderr", "--max-snapshots=5", "--max-wals", "5", "--snapshot-catchup-entries=1000",
+		"--pre-vote", "--logger=zap", "--log-outputs=stderr", "--max-snapshots=5", "--max-wals", "5", "--snapshot-catchup-entries=1000")...,
 	)
 	r, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte("a")})
 	if err != nil {
@@ -135,7 +142,7 @@ func TestTheFlagsOfAOneMemberEtcdAreTaken(t *testing.T) {
 func TestEveryLogLineIsJSONWithEtcdsFields(t *testing.T) {
 	t.Parallel()
 	a := start.FreeAddress(t)
-	p, kv := serve(t, nil, a, "--data-dir="+filepath.Join(t.TempDir(), "d"), "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a, "--log-level=debug")
+	p, kv := serve(t, nil, a, append(dataFlags(t), "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a, "--log-level=debug")...)
 	const secret = "value-that-nobody-may-see"
 	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte("a"), Value: []byte(secret)}); err != nil {
 		t.Fatal(err)
@@ -170,6 +177,7 @@ func TestEveryLogLineIsJSONWithEtcdsFields(t *testing.T) {
 }
 
 func TestFlagsBeatTheEnvironmentAndAConfigFileStandsAlone(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	tooMany := &pb.TxnRequest{}
 	for i := range 4 {
@@ -206,6 +214,7 @@ func TestFlagsBeatTheEnvironmentAndAConfigFileStandsAlone(t *testing.T) {
 }
 
 func TestStorageNamesTheDatabaseFile(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	a := start.FreeAddress(t)
 	path := filepath.Join(t.TempDir(), "deep", "er", "my.db")
@@ -224,7 +233,7 @@ func TestStorageNamesTheDatabaseFile(t *testing.T) {
 func TestMetricsHaveAListenerOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	a, m := start.FreeAddress(t), start.FreeAddress(t)
-	serve(t, nil, a, "--data-dir="+filepath.Join(t.TempDir(), "d"), "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a, "--listen-metrics-urls=http://"+m)
+	serve(t, nil, a, append(dataFlags(t), "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a, "--listen-metrics-urls=http://"+m)...)
 	for path, want := range map[string]string{"/metrics": "etcd_server_version", "/health": `"health":"true"`, "/readyz": "ok", "/livez": "ok"} {
 		r, err := http.Get("http://" + m + path)
 		if err != nil {
@@ -244,7 +253,7 @@ func TestMetricsHaveAListenerOfTheirOwn(t *testing.T) {
 func TestAUnixSocketServesClients(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(t.TempDir(), "s")
-	p := start.Run(t, nil, "--data-dir="+filepath.Join(t.TempDir(), "d"), "--listen-client-urls=unix://"+socket, "--advertise-client-urls=unix://"+socket)
+	p := start.Run(t, nil, append(dataFlags(t), "--listen-client-urls=unix://"+socket, "--advertise-client-urls=unix://"+socket)...)
 	if err := p.WaitReady(30 * time.Second); err != nil {
 		t.Fatalf("%v\n%s", err, p.Output())
 	}

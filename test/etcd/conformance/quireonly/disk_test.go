@@ -20,6 +20,14 @@ import (
 	"github.com/quire-db/quire/test/etcd/start"
 )
 
+// aboutFiles skips a test whose claim is about the database file or its directory where there is none.
+func aboutFiles(t *testing.T) {
+	t.Helper()
+	if start.OnPostgres(t) {
+		t.Skip("this is about the database file; with QUIRE_STORAGE=postgres there is none")
+	}
+}
+
 // mustRefuse starts quire, which must say why it does not and what to do, and end with status 1.
 func mustRefuse(t *testing.T, args []string, says ...string) {
 	t.Helper()
@@ -59,7 +67,7 @@ func openDatabase(t *testing.T, dir string) *sql.DB {
 
 func check(t *testing.T, dir string) (code int, output string) {
 	t.Helper()
-	p := start.Run(t, nil, "check", "--data-dir="+dir)
+	p := start.Run(t, nil, append([]string{"check", "--data-dir=" + dir}, start.StorageFlags(t, dir)...)...)
 	code, err := p.Wait(60 * time.Second)
 	if err != nil {
 		t.Fatal(err)
@@ -80,6 +88,7 @@ func filled(t *testing.T) string {
 }
 
 func TestADirectoryInUseIsRefused(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "data")
 	s := start.QuireIn(t, dir, start.Options{})
@@ -88,6 +97,7 @@ func TestADirectoryInUseIsRefused(t *testing.T) {
 }
 
 func TestANewerSchemaIsRefused(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	dir := filled(t)
 	db := openDatabase(t, dir)
@@ -101,6 +111,7 @@ func TestANewerSchemaIsRefused(t *testing.T) {
 }
 
 func TestADamagedFileIsNamedAndNotServed(t *testing.T) {
+	aboutFiles(t)
 	for name, damage := range map[string]func(t *testing.T, file *os.File, size int64){
 		"no database at all": func(t *testing.T, f *os.File, size int64) {
 			if err := f.Truncate(0); err != nil {
@@ -155,6 +166,9 @@ func TestCheckCallsASoundDatabaseSound(t *testing.T) {
 	if code != 0 || !strings.Contains(output, "sound") || !strings.Contains(output, "500 keys") {
 		t.Errorf("quire check ends with %d:\n%s", code, output)
 	}
+	if start.OnPostgres(t) {
+		return
+	}
 	if code, output := check(t, t.TempDir()); code != 1 || !strings.Contains(output, "no database") {
 		t.Errorf("quire check of an empty directory ends with %d:\n%s", code, output)
 	}
@@ -187,6 +201,7 @@ func remount(t *testing.T, dir, mode string) {
 
 // A full disk refuses writes and loses nothing; when there is room again, the same process writes again.
 func TestAFullDiskIsSurvived(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	disk := mount(t, "16m")
 	ballast := filepath.Join(disk, "ballast")
@@ -254,6 +269,7 @@ func TestAFullDiskIsSurvived(t *testing.T) {
 }
 
 func TestADiskThatIsFullAtTheStartIsNamed(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	disk := mount(t, "1m")
 	if err := os.WriteFile(filepath.Join(disk, "ballast"), make([]byte, 1<<20), 0o600); err != nil {
@@ -263,6 +279,7 @@ func TestADiskThatIsFullAtTheStartIsNamed(t *testing.T) {
 }
 
 func TestAReadOnlyDiskIsRefusedAtTheStart(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	disk := mount(t, "16m")
 	remount(t, disk, "ro")
@@ -270,6 +287,7 @@ func TestAReadOnlyDiskIsRefusedAtTheStart(t *testing.T) {
 }
 
 func TestADataDirectoryThatIsAFileIsRefused(t *testing.T) {
+	aboutFiles(t)
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "data")
 	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {

@@ -57,7 +57,9 @@ func openShared(ctx context.Context, p *pgLog, o Options) (*DB, error) {
 
 // startShared begins the work of one process among several. REQUIRES: the index is loaded.
 func (db *DB) startShared() {
-	db.background.Add(3)
+	db.shared.show()
+	db.background.Add(4)
+	go db.headLoop()
 	go db.followLoop()
 	go db.listenLoop()
 	go db.reportLoop()
@@ -160,12 +162,14 @@ func (db *DB) Linearizable(ctx context.Context) error {
 	if err := db.shared.usable(); err != nil {
 		return err
 	}
-	r := db.heads.join(db.checkHead)
+	r := db.heads.join()
 	select {
 	case <-r.done:
 		return r.err
 	case <-ctx.Done():
 		return ctx.Err()
+	case <-db.ctx.Done():
+		return ErrClosed
 	}
 }
 
@@ -192,36 +196,43 @@ type headRound struct {
 // headRounds are asked one after the other. Who comes while one is under way waits for the next: the answer must not be
 // older than the call.
 type headRounds struct {
-	mu      sync.Mutex
-	next    *headRound
-	running bool
+	mu   sync.Mutex
+	next *headRound
+	wake chan struct{} // there is a next one
 }
 
-func (h *headRounds) join(ask func() error) *headRound {
+func (h *headRounds) init() { h.wake = make(chan struct{}, 1) }
+
+func (h *headRounds) join() *headRound {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.next == nil {
 		h.next = &headRound{done: make(chan struct{})}
+		h.wake <- struct{}{}
 	}
+	return h.next
+}
+
+// take begins the next round. REQUIRES: wake told of it.
+func (h *headRounds) take() *headRound {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	r := h.next
-	if !h.running {
-		h.running = true
-		go h.run(ask)
-	}
+	h.next = nil
 	return r
 }
 
-func (h *headRounds) run(ask func() error) {
+// headLoop asks for those who wait.
+func (db *DB) headLoop() {
+	defer db.background.Done()
 	for {
-		h.mu.Lock()
-		r := h.next
-		h.next = nil
-		h.running = r != nil
-		h.mu.Unlock()
-		if r == nil {
+		select {
+		case <-db.heads.wake:
+		case <-db.ctx.Done():
 			return
 		}
-		r.err = ask()
+		r := db.heads.take()
+		r.err = db.checkHead()
 		close(r.done)
 	}
 }
@@ -229,28 +240,24 @@ func (h *headRounds) run(ask func() error) {
 // checkHead asks for the newest batch, and waits until this process has it.
 func (db *DB) checkHead() error {
 	p := db.shared
+	if err := p.usable(); err != nil {
+		return err // found out while these readers waited for the round before
+	}
 	ctx, cancel := context.WithTimeout(db.ctx, pgWriteTimeout)
 	defer cancel()
 	before := p.position()
-	c, err := p.heads.open(ctx)
-	var head pgAnswer
-	sent := time.Now()
-	if err == nil {
-		err = pgQuery(ctx, c, p.sql.head, new(pgArgs), head.read)
-	}
+	head, err := p.askHead(ctx, &p.heads)
 	if err != nil {
-		return p.failed(err)
+		return err
 	}
-	p.clock.sample(sent, time.Now(), head.clock)
-	p.contact.made(p.clock.now())
 	if head.seq < before.seq || head.seq == before.seq && head.token != before.token {
 		return p.forget((&pgNews{from: before}).check())
 	}
 	for {
 		p.at.Lock()
-		at, moved := p.at.pgPosition, p.at.moved
+		shown, moved := p.at.shown, p.at.moved
 		p.at.Unlock()
-		if at.seq >= head.seq {
+		if shown >= head.seq {
 			return nil
 		}
 		p.wake()
@@ -283,6 +290,7 @@ func (db *DB) followLoop() {
 			return
 		}
 		wait := p.opts.PollInterval
+		before := p.down.Load()
 		err := db.follow()
 		if db.ctx.Err() != nil {
 			return
@@ -294,8 +302,9 @@ func (db *DB) followLoop() {
 		if err != nil {
 			err = p.failed(err)
 			wait = followRetry
-		} else {
-			p.down.Store(nil)
+		} else if !p.down.CompareAndSwap(before, nil) {
+			// Somebody has failed meanwhile: what was read may be older than that, as its batches waited for the commit token.
+			continue
 		}
 		db.tellStorage(err)
 		if err != nil && !db.pause(followRetry) {
@@ -307,9 +316,10 @@ func (db *DB) followLoop() {
 
 // tellStorage has Err and the hooks know.
 func (db *DB) tellStorage(err error) {
-	if err == nil && db.Err() == nil {
-		return
+	if err == nil && (db.Err() == nil || errors.Is(db.Err(), ErrDiskFull)) {
+		return // that there is room again only a write can tell
 	}
+	err = db.log.explain(err)
 	_, _ = db.step(func() error { db.noteStorage(err); return nil }) // it fails only when the database is being closed
 }
 
@@ -318,14 +328,13 @@ func (db *DB) follow() error {
 	p := db.shared
 	for {
 		ctx, cancel := context.WithTimeout(db.ctx, pgReadTimeout)
-		c, err := p.tail.open(ctx)
 		var news *pgNews
-		if err == nil {
-			news = newPgNews(p.position())
+		err := p.tail.ask(ctx, func(c *pgconn.PgConn) error {
+			news = p.newNews()
 			var batch pgconn.Batch
-			p.askNews(&batch, news.from)
-			err = news.read(c.ExecBatch(ctx, &batch), 0)
-		}
+			p.askNews(&batch, news)
+			return p.readNews(news, c.ExecBatch(ctx, &batch), 0)
+		})
 		cancel()
 		if err != nil {
 			return err
