@@ -118,11 +118,11 @@ need-postgres:
 ## Testing
 
 .PHONY: test
-test: build build-race $(PEERS)/etcd need-sqlite3 ## vet, unit and black-box tests with the race detector (< 10 min)
+test: build build-race $(PEERS)/etcd need-sqlite3 need-postgres ## vet, unit and black-box tests with the race detector (< 10 min)
 	$(GO) vet ./...
 	CGO_ENABLED=1 $(GO) test $(RACE) -timeout 8m ./...
 	for module in $(TEST_MODULES); do (cd $$module && $(GO) vet ./...); done
-	cd test/etcd && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m ./...
+	cd test/etcd && packages=$$($(GO) list ./... | sed '/\/outages$$/d') && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m $$packages
 	cd test/load && packages=$$($(GO) list ./... | sed '/\/crash$$/d') && $(GO) test $$packages
 	cd test/load && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m ./crash -args -cycles=10
 
@@ -142,6 +142,7 @@ differential: build ## random operations on etcd and quire side by side (N=10000
 test-postgres: build build-race $(PEERS)/kube-apiserver need-postgres ## the suites on PostgreSQL, with one process and with several (N=30000 differential operations each, SEED=…)
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 10m -run Postgres ./backend
 	cd test/etcd && QUIRE_STORAGE=postgres QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m -skip '^TestEtcd$$' ./start ./conformance/...
+	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./outages
 	for processes in 1 3; do \
 		(cd test/etcd && QUIRE_STORAGE=postgres QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential \
 			-args -processes=$$processes -n=$(or $(N),30000) $(if $(SEED),-seed=$(SEED))); \

@@ -98,7 +98,7 @@ func newPgLog(o PostgresOptions) (*pgLog, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &pgLog{opts: o, sql: newPgStatements(o.Schema), id: newPgToken(), pg: pgServer{config: config}, kick: make(chan struct{}, 1), reportNow: make(chan chan error)}
+	p := &pgLog{opts: o, sql: newPgStatements(o.Schema), id: newPgToken(), pg: pgServer{config: withoutCancel(config), pooled: new(pgPooled)}, kick: make(chan struct{}, 1), reportNow: make(chan chan error)}
 	p.at.moved = make(chan struct{})
 	p.newsAtOnce.Store(pgNewsBatches)
 	lanes := []*pgLane{&p.writer, &p.tail, &p.heads, &p.reports}
@@ -111,7 +111,7 @@ func newPgLog(o PostgresOptions) (*pgLog, error) {
 	for _, lane := range lanes {
 		lane.server = &p.pg
 	}
-	writer := p.pg.withoutCancel()
+	writer := pgServer{config: p.pg.config.Copy(), pooled: p.pg.pooled}
 	writer.config.OnNotice = p.notice
 	p.writer.server = &writer
 	p.closing, p.beginClosing = context.WithCancel(context.Background())
@@ -243,7 +243,7 @@ func (p *pgLog) append(ctx context.Context, b *batch) error {
 	if p.locked {
 		answer, err = p.writeLocked(ctx, c, args)
 	} else {
-		err = pgQuery(ctx, c, p.sql.commitBatch, args, answer.read)
+		err = p.writer.query(ctx, p.sql.commitBatch, args, answer.read)
 	}
 	if err != nil {
 		// Whatever has happened, a transaction that is still open must end before anything else is written.
@@ -255,6 +255,9 @@ func (p *pgLog) append(ctx context.Context, b *batch) error {
 	}
 	switch {
 	case err == nil:
+	case notPrepared(err):
+		p.pg.pooled.Store(true)
+		return p.again(err)
 	case duplicate(err):
 		// Two wrote at once, which the lock did not prevent: a database that ignores advisory locks.
 		return p.again(err)
@@ -327,7 +330,7 @@ func (a *pgAnswer) read(r pgRow) error {
 // writeLocked writes a batch and commits, in one round trip.
 func (p *pgLog) writeLocked(ctx context.Context, c *pgconn.PgConn, args *pgArgs) (a pgAnswer, err error) {
 	var batch pgconn.Batch
-	batch.ExecParams(p.sql.commitBatch, args.values, args.oids, args.formats, binaryResults)
+	p.writer.add(&batch, p.sql.commitBatch, args)
 	batch.ExecParams("COMMIT", nil, nil, nil, nil)
 	results := c.ExecBatch(ctx, &batch)
 	var tag pgconn.CommandTag
@@ -409,9 +412,9 @@ func (p *pgLog) confirm(ctx context.Context) error {
 // askHead asks for the newest batch.
 func (p *pgLog) askHead(ctx context.Context, lane *pgLane) (head pgAnswer, err error) {
 	var sent time.Time
-	err = lane.ask(ctx, func(c *pgconn.PgConn) error {
+	err = lane.ask(ctx, func(*pgconn.PgConn) error {
 		sent = time.Now()
-		return pgQuery(ctx, c, p.sql.head, new(pgArgs), head.read)
+		return lane.query(ctx, p.sql.head, new(pgArgs), head.read)
 	})
 	if err != nil {
 		return head, p.failed(err)
@@ -521,7 +524,9 @@ func (p *pgLog) catchUpOnce(ctx context.Context, replay func(*committed) error) 
 		batch.ExecParams("BEGIN ISOLATION LEVEL READ COMMITTED", nil, nil, nil, nil)
 		batch.ExecParams(p.sql.lock, nil, nil, nil, nil)
 		news = p.newNews()
-		p.askNews(&batch, news)
+		if err := p.askNews(ctx, &p.writer, &batch, news); err != nil {
+			return err
+		}
 		err := p.readNews(news, c.ExecBatch(ctx, &batch), 2)
 		if err != nil {
 			err = errors.Join(err, p.endTransaction(c))
@@ -688,7 +693,7 @@ func (p *pgLog) load(ctx context.Context, beside func(loadBeside) error, page fu
 
 // migrate brings the schema up to date.
 func (p *pgLog) migrate(ctx context.Context) error {
-	err := p.pg.migrate(ctx, p.opts.Schema)
+	err := p.opts.migrate(ctx)
 	var newer *migrations.NewerSchemaError
 	if errors.As(err, &newer) {
 		return fmt.Errorf("%w: %w", ErrNewerSchema, err)

@@ -154,12 +154,21 @@ func (p *pgLog) newNews() *pgNews { return &pgNews{most: p.newsAtOnce.Load(), fr
 
 // askNews adds two statements to a batch. Each sees what is committed when it begins, so the second may see more than the
 // first: it is bounded by what the first can see, which does not change.
-func (p *pgLog) askNews(batch *pgconn.Batch, n *pgNews) {
+func (p *pgLog) askNews(ctx context.Context, lane *pgLane, batch *pgconn.Batch, n *pgNews) error {
 	from, most := n.from, n.most+1
-	a := new(pgArgs).int8(from.seq).int8(most)
-	batch.ExecParams(p.sql.commitsFrom, a.values, a.oids, a.formats, binaryResults)
-	a = new(pgArgs).int8(from.seq).int8(most).int8(from.lastID)
-	batch.ExecParams(p.sql.rowsOfCommits, a.values, a.oids, a.formats, binaryResults)
+	for _, q := range []struct {
+		sql  string
+		args *pgArgs
+	}{
+		{p.sql.commitsFrom, new(pgArgs).int8(from.seq).int8(most)},
+		{p.sql.rowsOfCommits, new(pgArgs).int8(from.seq).int8(most).int8(from.lastID)},
+	} {
+		if _, err := lane.name(ctx, q.sql, q.args.oids); err != nil {
+			return err
+		}
+		lane.add(batch, q.sql, q.args)
+	}
+	return nil
 }
 
 // readNews is read, which asks for less the next time where there was no time for so much.

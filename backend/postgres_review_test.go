@@ -427,6 +427,9 @@ func TestPostgresManyStartBehindASmallPool(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the end of PgBouncer's log:\n%s", bouncer.LogTail(4000))
+		}
 		if err := bouncer.Stop(); err != nil {
 			t.Error(err)
 		}

@@ -148,7 +148,10 @@ func RedactPostgresURL(text string) string {
 }
 
 // pgServer opens connections.
-type pgServer struct{ config *pgx.ConnConfig }
+type pgServer struct {
+	config *pgx.ConnConfig // see withoutCancel
+	pooled *pgPooled
+}
 
 func (s *pgServer) connect(ctx context.Context) (*pgconn.PgConn, error) {
 	return pgconn.ConnectConfig(context.WithValue(ctx, connecting{}, true), &s.config.Config)
@@ -157,19 +160,22 @@ func (s *pgServer) connect(ctx context.Context) (*pgconn.PgConn, error) {
 // connecting marks the context of a connection that is made to be used, and not to cancel what another one does.
 type connecting struct{}
 
-// withoutCancel is the same server for who commits. When the time of a statement is up, pgconn has the server cancel it. But
-// a commit that waits for a synchronous standby is not undone by that: it is done without the standby, and everybody sees
-// what is lost if the standby is promoted next. What else a batch may wait for is bounded by lock_timeout.
-func (s *pgServer) withoutCancel() pgServer {
-	config := s.config.Copy()
+// withoutCancel makes connections that never have the server cancel a statement, as pgconn does when the time of one is up:
+//   - A commit that waits for a synchronous standby is not undone by that: it is done without the standby, and everybody
+//     sees what is lost if the standby is promoted next.
+//   - PgBouncer 1.18 ends with "server in bad state" when it is to pass it on at the wrong moment.
+//
+// What a statement may wait for is bounded by lock_timeout.
+func withoutCancel(config *pgx.ConnConfig) *pgx.ConnConfig {
+	config = config.Copy()
 	dial := config.DialFunc
 	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		if ctx.Value(connecting{}) == nil {
-			return nil, errors.New("a commit is not cancelled")
+			return nil, errors.New("nothing is cancelled")
 		}
 		return dial(ctx, network, address)
 	}
-	return pgServer{config: config}
+	return config
 }
 
 // checkServer refuses a server on which quire would not be safe.
@@ -189,57 +195,19 @@ func checkServer(ctx context.Context, c *pgconn.PgConn) error {
 	})
 }
 
-// pgLane is one connection that is kept for one purpose, made when it is needed and again after it broke. It belongs to
-// one goroutine at a time.
-type pgLane struct {
-	server *pgServer
-	c      *pgconn.PgConn
-}
-
-func (l *pgLane) open(ctx context.Context) (*pgconn.PgConn, error) {
-	if l.c != nil && !l.c.IsClosed() {
-		return l.c, nil
-	}
-	c, err := l.server.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	l.c = c
-	return c, nil
-}
-
-// ask runs f on the lane's connection. Where that has died since it was last used, which shows only now, it runs f again on a
-// new one. REQUIRES: f may be run twice, as what only reads may.
-func (l *pgLane) ask(ctx context.Context, f func(c *pgconn.PgConn) error) error {
-	used := l.c
-	c, err := l.open(ctx)
-	if err != nil {
-		return err
-	}
-	err = f(c)
-	if err == nil || c != used || !c.IsClosed() || ctx.Err() != nil {
-		return err
-	}
-	if c, err = l.open(ctx); err != nil {
-		return err
-	}
-	return f(c)
-}
-
-func (l *pgLane) close(ctx context.Context) {
-	if l.c != nil {
-		_ = l.c.Close(ctx) // it says goodbye; the server notices the end without it too
-	}
-}
-
 // pgMigratePoll is how often a process that starts looks whether another one is done with migrating.
 const pgMigratePoll = 100 * time.Millisecond
 
 // migrate makes the schema and brings it up to date. Of processes that start at once one does it and the others wait:
 // the lock is that of a transaction, which a pooler keeps on one connection, and the work is done on another. Who waits
 // keeps none: a small pool would have none left for the work.
-func (s *pgServer) migrate(ctx context.Context, schema string) (err error) {
-	db := stdlib.OpenDB(*s.config)
+func (o PostgresOptions) migrate(ctx context.Context) (err error) {
+	config, err := pgConfig(o.URL)
+	if err != nil {
+		return err
+	}
+	schema := o.Schema
+	db := stdlib.OpenDB(*config)
 	defer func() { err = errors.Join(err, db.Close()) }()
 	db.SetMaxOpenConns(2)
 	dialect := migrations.Postgres(quoteName(schema))

@@ -176,6 +176,7 @@ func (p *pgLog) listen(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	config = withoutCancel(config)
 	config.OnNotification = func(_ *pgconn.PgConn, n *pgconn.Notification) {
 		seq, err := strconv.ParseInt(n.Payload, 10, 64)
 		if err != nil {
@@ -183,7 +184,7 @@ func (p *pgLog) listen(ctx context.Context) error {
 		}
 		p.tell(seq)
 	}
-	server := pgServer{config: config}
+	server := pgServer{config: config, pooled: p.pg.pooled}
 	lane := pgLane{server: &server}
 	defer func() {
 		within, cancel := context.WithTimeout(context.Background(), time.Second)

@@ -219,3 +219,32 @@ func TestPostgresCompactionAndRestart(t *testing.T) {
 		t.Errorf("k5 is %v", kv)
 	}
 }
+
+// seen waits until a process has a revision, without asking it to look.
+func seen(t *testing.T, db *DB, rev int64, limit time.Duration) {
+	t.Helper()
+	for start := time.Now(); db.Revision() < rev; time.Sleep(time.Millisecond) {
+		if time.Since(start) > limit {
+			t.Fatalf("revision %d is not here after %v, but %d", rev, limit, db.Revision())
+		}
+	}
+}
+
+// "An event written by one process reaches a watcher on another within the poll interval when notifications are lost or
+// impossible." How soon it is with notifications is measured by make bench-postgres.
+func TestPostgresWithoutNotifications(t *testing.T) {
+	o := pgTestOptions(t)
+	deaf := o
+	deaf.ListenURL = "postgres://127.0.0.1:1/nobody?sslmode=disable"
+	deaf.PollInterval = 200 * time.Millisecond
+	hearing := o
+	hearing.PollInterval = time.Hour
+	a, b, c := openPostgresTest(t, o, Options{}), openPostgresTest(t, deaf, Options{}), openPostgresTest(t, hearing, Options{})
+	mustPut(t, a, "k", "v")
+	seen(t, c, 2, 10*time.Second) // its listener may have come too late for the notification, but looks when it is there
+	for i := range 5 {
+		rev := mustPut(t, a, "k", fmt.Sprint(i))
+		seen(t, b, rev, 10*time.Second)
+		seen(t, c, rev, 10*time.Second)
+	}
+}

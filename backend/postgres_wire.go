@@ -9,8 +9,7 @@ import (
 )
 
 // This is the skin over pgconn, the lower half of pgx: parameters and results in Postgres's binary form, written and read
-// in place. Statements are not prepared under a name, which a pooler in transaction mode could not keep; a statement is
-// parsed, bound and run in one round trip.
+// in place. A statement is parsed, bound and run in one round trip; those that run often are prepared (postgres_lane.go).
 
 // Types of parameters (catalog pg_type).
 const (

@@ -332,7 +332,9 @@ func (db *DB) follow() error {
 		err := p.tail.ask(ctx, func(c *pgconn.PgConn) error {
 			news = p.newNews()
 			var batch pgconn.Batch
-			p.askNews(&batch, news)
+			if err := p.askNews(ctx, &p.tail, &batch, news); err != nil {
+				return err
+			}
 			return p.readNews(news, c.ExecBatch(ctx, &batch), 0)
 		})
 		cancel()
