@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"regexp"
 	"sync/atomic"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -69,6 +70,9 @@ func notPrepared(err error) bool {
 	return errors.As(err, &e) && (e.Code == "26000" || e.Code == "42P05")
 }
 
+// calledFunction finds the function that a statement calls.
+var calledFunction = regexp.MustCompile(`"\.(\w+)\(`)
+
 // name is that of a statement which the connection has prepared, or prepares now; empty where none can be. It tells every
 // text from every other: behind a pooler, that of another process with another schema may be met.
 func (l *pgLane) name(ctx context.Context, sql string, oids []uint32) (string, error) {
@@ -78,7 +82,12 @@ func (l *pgLane) name(ctx context.Context, sql string, oids []uint32) (string, e
 	if name := l.kept[sql]; name != "" || l.c.TxStatus() != 'I' {
 		return name, nil
 	}
-	name := fmt.Sprintf("quire_%x", sha256.Sum256([]byte(sql)))[:40]
+	what := "statement"
+	if m := calledFunction.FindStringSubmatch(sql); m != nil {
+		what = m[1] // for people who look into pg_prepared_statements, or at the wire
+	}
+	name := fmt.Sprintf("%s_%x", what, sha256.Sum256([]byte(sql)))
+	name = name[:min(len(name), 63)]
 	if _, err := l.c.Prepare(ctx, name, sql, oids); err != nil {
 		if notPrepared(err) {
 			l.server.pooled.Store(true)
