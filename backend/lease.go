@@ -290,8 +290,8 @@ func (b *batch) applyGrace() {
 	}
 	// After a silence also those that are due so soon that their clients, who notice only now that it is over, may be late.
 	b.graced = b.db.shared.contact.graceBefore(b.now)
-	if b.graced <= b.db.graced {
-		return
+	if b.graced <= b.db.graced+int64(time.Second/time.Microsecond) {
+		return // the end of the same silence, as the batch before noticed it
 	}
 	for _, l := range b.db.leases.byID {
 		if until := b.graced + min(l.ttl*1e6, restartGrace.Microseconds()); l.deadline < until {
