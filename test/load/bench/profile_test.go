@@ -49,7 +49,8 @@ func TestProfileOfAllocationsIsRead(t *testing.T) {
 		return "not mine"
 	}
 	for _, s := range d.by(mine) {
-		if s.name == "mine" && s.second == 64<<20 && s.first == 64 {
+		// The runtime may allocate something small for itself on the way.
+		if s.name == "mine" && s.second >= 64<<20 && s.second < 65<<20 && s.first >= 64 && s.first < 72 {
 			return
 		}
 	}
