@@ -70,7 +70,7 @@ type batch struct {
 	failure      error
 	was          savedState
 	applied      time.Time // when apply was done
-	graced       int64     // see DB.graced
+	graced       int64     // see DB.graced; 0: it stays
 }
 
 type undoWrite struct {

@@ -313,7 +313,10 @@ func (db *DB) commitBatch(items []*pending) {
 			db.st.others++
 		}
 	}
-	db.graced = max(db.graced, b.graced)
+	db.graceBefore = 0 // whom it was for has got it
+	if b.graced != 0 {
+		db.graced = b.graced // an earlier time than before, where the database's clock was set back
+	}
 	db.show(b)
 
 	h := &db.opts.Hooks

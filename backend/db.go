@@ -29,7 +29,8 @@ type DB struct {
 	st      state
 	suspect bool  // something could not be written since the last batch
 	broken  error // why the last batch could not
-	// graceBefore: whatever lease was due at or before this time (DB.now) ran out while nobody could renew it.
+	// graceBefore: whatever lease was due at or before this time (DB.now) ran out while nobody could renew it; 0 once a
+	// batch has prolonged those.
 	graceBefore int64
 	// graced is the end of the last silence of a shared database for which leases were prolonged.
 	graced int64
@@ -95,7 +96,8 @@ func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, er
 	if err := db.load(ctx); err != nil {
 		return nil, err
 	}
-	db.graceBefore = db.now()
+	opened := db.now()
+	db.graceBefore = opened
 	db.ring.first = db.st.rev + 1
 	db.storeCounters()
 	db.publish()
@@ -116,7 +118,7 @@ func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, er
 		db.startShared()
 	}
 	// Who asks for a lease now is to see its grace. If it cannot be written, StorageError has heard of it.
-	if due, ok := db.leases.next(); ok && due <= db.graceBefore {
+	if due, ok := db.leases.next(); ok && due <= opened {
 		_ = db.submit(ctx, &pending{expire: &expireLeases{}})
 	}
 	// A compaction that the last process did not finish goes on.

@@ -281,7 +281,9 @@ const restartGrace = 10 * time.Second
 // applyGrace prolongs the leases that ran out while nobody could renew them. The batch writes it down: a server that
 // restarts again and again must not keep them for ever.
 func (b *batch) applyGrace() {
-	for due := &b.db.leases.due; len(*due) > 0 && (*due)[0].deadline <= b.db.graceBefore; {
+	// The clock of a database may have been set back since: what is not due any more is left alone.
+	before := min(b.db.graceBefore, b.now)
+	for due := &b.db.leases.due; len(*due) > 0 && (*due)[0].deadline <= before; {
 		l := (*due)[0]
 		b.leases.renew(l, b.now+min(l.ttl*1e6, restartGrace.Microseconds()))
 	}
@@ -289,10 +291,11 @@ func (b *batch) applyGrace() {
 		return
 	}
 	// After a silence also those that are due so soon that their clients, who notice only now that it is over, may be late.
-	b.graced = b.db.shared.contact.graceBefore(b.now)
-	if b.graced <= b.db.graced+int64(time.Second/time.Microsecond) {
+	graced := b.db.shared.contact.graceBefore(b.now)
+	if since := graced - b.db.graced; max(since, -since) <= time.Second.Microseconds() {
 		return // the end of the same silence, as the batch before noticed it
 	}
+	b.graced = graced
 	for _, l := range b.db.leases.byID {
 		if until := b.graced + min(l.ttl*1e6, restartGrace.Microseconds()); l.deadline < until {
 			b.leases.renew(l, until)

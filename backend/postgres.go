@@ -182,9 +182,10 @@ func (p *pgLog) forget(why error) error {
 }
 
 // notice hears what the server says beside its answers. When somebody cancels a commit that waits for a synchronous
-// standby, it says so by a warning alone, and that the commit succeeded (syncrep.c, SyncRepWaitForLSN).
+// standby, it says so by a warning alone, and that the commit succeeded. Nothing but the function that it comes from tells
+// that warning from others: it has no code of its own, and its text is translated.
 func (p *pgLog) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
-	if n.Code == "57014" || n.Code == "57P01" {
+	if n.Routine == "SyncRepWaitForLSN" {
 		p.unreplicated = true
 	}
 }
@@ -386,10 +387,10 @@ func (p *pgLog) batchArgs(b *batch, from pgPosition, token pgToken) *pgArgs {
 	a.byteas(n, func(i int) []byte { return rows[i].key })
 	a.byteas(n, func(i int) []byte { return rows[i].value })
 	leases := b.leases.list()
-	any := len(leases) > 0
-	a.int8sOrNull(any, len(leases), func(i int) int64 { return leases[i].id })
-	a.int8sOrNull(any, len(leases), func(i int) int64 { return leases[i].ttl })
-	a.int8sOrNull(any, len(leases), func(i int) int64 { return leases[i].deadline })
+	some := len(leases) > 0
+	a.int8sOrNull(some, len(leases), func(i int) int64 { return leases[i].id })
+	a.int8sOrNull(some, len(leases), func(i int) int64 { return leases[i].ttl })
+	a.int8sOrNull(some, len(leases), func(i int) int64 { return leases[i].deadline })
 	alarms := b.alarms.sorted()
 	changed := len(b.alarmChanges) > 0
 	a.int8sOrNull(changed, len(alarms), func(i int) int64 { return int64(alarms[i].member) })
@@ -440,6 +441,7 @@ func (p *pgLog) resolve(from pgPosition, token pgToken, sent time.Time) (found b
 		var c *pgconn.PgConn
 		if c, err = p.writer.open(ctx); err == nil {
 			args := new(pgArgs).int8(from.seq).uuid(token).uuid(newPgToken())
+			p.unreplicated = false
 			err = pgQuery(ctx, c, p.sql.resolve, args, func(r pgRow) error {
 				if r.null(0) {
 					return errUnresolved
@@ -447,6 +449,9 @@ func (p *pgLog) resolve(from pgPosition, token pgToken, sent time.Time) (found b
 				found = r.bool(0)
 				return nil
 			})
+			if err == nil && p.unreplicated {
+				err = errUnreplicated
+			}
 		}
 		if err == nil || errors.Is(err, errUnresolved) {
 			return found, err

@@ -47,7 +47,7 @@ func (p *pgLog) missing(id int64) error {
 
 // frame reads a row for apply.
 func (p *pgLog) frame(id int64) (Frame, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), pgReadTimeout)
+	ctx, cancel := p.within(pgReadTimeout)
 	defer cancel()
 	return p.row(ctx, id)
 }

@@ -561,3 +561,117 @@ func TestPostgresRequestsCutOffAnywhere(t *testing.T) {
 		t.Error("none was acknowledged")
 	}
 }
+
+// A commit that somebody stopped waiting for the standby is not acknowledged: not it, and not the one that looks it up.
+func TestPostgresACommitThatIsToldNotToWaitForTheStandby(t *testing.T) {
+	s := postgres.New(t, postgres.Options{})
+	standby, err := s.Standby(t.Context(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := standby.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	p := newPgTest(t, s)
+	db := openPostgresTest(t, p.options, Options{})
+	mustPut(t, db, "k", "1")
+	if err := standby.Pause(); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() {
+		_, err := db.Write(context.Background(), Command{Request: &pb.PutRequest{Key: []byte("k"), Value: []byte("2")}})
+		written <- err
+	}()
+	cancelled := 0
+	for ; len(written) == 0; time.Sleep(20 * time.Millisecond) {
+		if p.query(`SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'SyncRep'`) != "0" {
+			cancelled++
+		}
+	}
+	if err := <-written; !errors.Is(err, ErrStorage) || cancelled < 2 {
+		t.Errorf("a write of which %d commits were told not to wait: %v", cancelled, err)
+	}
+	if err := standby.Resume(); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(10 * time.Second); db.Linearizable(t.Context()) != nil; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(db.Linearizable(t.Context()))
+		}
+	}
+	mustPut(t, db, "k", "3")
+}
+
+// A batch whose last rows are compacted already is not shown without them.
+func TestPostgresABatchWithoutItsLastRowIsNotShown(t *testing.T) {
+	p := newPgTest(t, postgres.Shared(t))
+	a, err := OpenPostgres(t.Context(), p.options, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := OpenPostgres(t.Context(), p.options, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(key string) *pb.RequestOp {
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(key)}}}
+	}
+	p.exec(`CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$`,
+		`CREATE TRIGGER lose BEFORE INSERT ON quire.revisions FOR EACH ROW WHEN (NEW.key = 'y') EXECUTE FUNCTION lose()`)
+	if _, err := b.Write(t.Context(), Command{Request: &pb.TxnRequest{Success: []*pb.RequestOp{put("x"), put("y")}}}); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(5 * time.Second); a.shared.lost.Load() == nil && a.Revision() == 1 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	if err := a.Linearizable(t.Context()); !errors.Is(err, ErrHistoryLost) {
+		t.Errorf("a read of a batch that is not all there: %v", err)
+	}
+	if a.Revision() != 1 {
+		t.Errorf("revision %d is shown", a.Revision())
+	}
+	for _, db := range []*DB{a, b} {
+		if err := db.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The clock of the database may be set back, or be that of another machine after a failover.
+func TestPostgresClockThatIsSetBack(t *testing.T) {
+	p := newPgTest(t, postgres.Shared(t))
+	db := openPostgresTest(t, p.options, Options{})
+	mustPut(t, db, "k", "1")
+	p.exec(`CREATE OR REPLACE FUNCTION quire.now_us() RETURNS bigint LANGUAGE sql VOLATILE AS
+		$$ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint - 7200000000 $$`)
+	opened := db.now()
+	for mustPut(t, db, "k", "2"); db.now() > opened; time.Sleep(10 * time.Millisecond) {
+		mustPut(t, db, "k", "3")
+	}
+	written := make(chan error, 1)
+	go func() {
+		_, err := db.Write(context.Background(), Command{Request: &pb.LeaseGrantRequest{ID: 7, TTL: 1}})
+		for range 3 {
+			if err == nil {
+				_, err = db.Write(context.Background(), Command{Request: &pb.PutRequest{Key: []byte("k"), Value: []byte("4")}})
+			}
+		}
+		written <- err
+	}()
+	select {
+	case err := <-written:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		panic("the committer prolongs a lease for ever")
+	}
+	for deadline := time.Now().Add(10 * time.Second); len(db.Leases()) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("a lease of 1 s has not expired after 10")
+		}
+	}
+}

@@ -165,7 +165,8 @@ type connecting struct{}
 //     sees what is lost if the standby is promoted next.
 //   - PgBouncer 1.18 ends with "server in bad state" when it is to pass it on at the wrong moment.
 //
-// What a statement may wait for is bounded by lock_timeout.
+// What writes and the questions for news may wait for is bounded by lock_timeout (migrations/postgres). Any other statement
+// whose time is up stays with the server until it is done: then there is one session more for so long.
 func withoutCancel(config *pgx.ConnConfig) *pgx.ConnConfig {
 	config = config.Copy()
 	dial := config.DialFunc

@@ -124,8 +124,10 @@ func (db *DB) sweepShared(target int64) (rows int64, err error) {
 		if mine = answer == pgSweepNow; mine || answer == pgSwept {
 			break
 		}
-		if len(db.compactor.kick) > 0 {
+		select {
+		case <-db.compactor.kick: // the next attempt heeds it
 			return 0, errLaterCompaction
+		default:
 		}
 		if !db.pause(wait) {
 			return 0, db.ctx.Err()

@@ -113,6 +113,10 @@ func (db *DB) replay(c *committed) error {
 			return db.shared.forget(err)
 		}
 	}
+	if last := db.st.nextID - 1; last != c.lastID {
+		b.rollback()
+		return db.shared.forget(fmt.Errorf("%w: batch %d ends with row %d, the last one found is %d: %s", ErrHistoryLost, c.seq, c.lastID, last, awayTooLong))
+	}
 	for _, l := range c.leases {
 		if l.gone() {
 			db.st.logical += leaseCharge * b.leases.take(l)
@@ -137,10 +141,12 @@ func (db *DB) replay(c *committed) error {
 	return nil
 }
 
+const awayTooLong = "this process was away for so long that rows which it has not read are compacted, restart it"
+
 // replayRow makes a row of another process ours.
 func (b *batch) replayRow(w *row) error {
 	if w.id != b.st.nextID || w.rev != b.st.rev+1 && w.rev != b.st.rev {
-		return fmt.Errorf("%w: row %d (revision %d) follows row %d (revision %d): this process was away for so long that rows which it has not read are compacted, restart it", ErrHistoryLost, w.id, w.rev, b.st.nextID-1, b.st.rev)
+		return fmt.Errorf("%w: row %d (revision %d) follows row %d (revision %d): %s", ErrHistoryLost, w.id, w.rev, b.st.nextID-1, b.st.rev, awayTooLong)
 	}
 	b.author, b.begin, b.sub = w.author, w.rev-1, w.sub
 	slot, live, known := b.st.keys.get(w.key)
@@ -303,7 +309,9 @@ func (db *DB) followLoop() {
 			err = p.failed(err)
 			wait = followRetry
 		} else if !p.down.CompareAndSwap(before, nil) {
-			// Somebody has failed meanwhile: what was read may be older than that, as its batches waited for the commit token.
+			// Somebody has failed meanwhile, or has found out that all is well: what was read may be older than that, as its
+			// batches waited for the commit token. The timer may have run out already.
+			p.wake()
 			continue
 		}
 		db.tellStorage(err)

@@ -217,9 +217,7 @@ $$
 BEGIN
     -- (No variable may be called found: that is one of PL/pgSQL's own.)
     PERFORM ${schema}.lock_commits();
-    committed := EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq + 1 AND c.token = wanted);
-    IF NOT committed AND NOT EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq) THEN
-        committed := NULL;
+    IF NOT EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq OR c.seq = after_seq + 1 AND c.token = wanted) THEN
         RETURN;
     END IF;
     IF current_setting('synchronous_commit') IN ('off', 'local') THEN
@@ -229,6 +227,8 @@ BEGIN
     -- batch before it. If it is there, it is as safe as this one when this one is: on a synchronous standby too.
     INSERT INTO ${schema}.commits (seq, token, last_id, committed_at)
     SELECT c.seq + 1, fence, c.last_id, c.committed_at FROM ${schema}.commits AS c ORDER BY c.seq DESC LIMIT 1;
+    -- Not before: where the lock is ignored, the wanted batch may have come until then.
+    committed := EXISTS (SELECT FROM ${schema}.commits AS c WHERE c.seq = after_seq + 1 AND c.token = wanted);
     PERFORM pg_notify('quire_' || '${schema}.commits'::regclass::oid::text, '');
 END
 $$;
@@ -281,7 +281,8 @@ COMMENT ON FUNCTION ${schema}.rows_from(bigint, bigint, bigint) IS 'Rows from on
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.delete_rows(ids bigint[]) RETURNS void LANGUAGE plpgsql VOLATILE
-    SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off AS
+    SET jit = off SET plan_cache_mode = 'force_generic_plan' SET enable_seqscan = off
+    SET lock_timeout = '4s' AS
 $$
 BEGIN
     DELETE FROM ${schema}.revisions AS r WHERE r.id = ANY (ids);
@@ -292,7 +293,8 @@ COMMENT ON FUNCTION ${schema}.delete_rows(bigint[]) IS 'Deletes compacted rows.'
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.report(me uuid, my_name text, my_urls text[], my_seq bigint, my_released bigint,
-                                 OUT bytes bigint, OUT swept bigint, OUT clock bigint) LANGUAGE plpgsql VOLATILE AS
+                                 OUT bytes bigint, OUT swept bigint, OUT clock bigint) LANGUAGE plpgsql VOLATILE
+    SET lock_timeout = '4s' AS
 $$
 BEGIN
     clock := ${schema}.now_us();
@@ -308,7 +310,8 @@ $$;
 COMMENT ON FUNCTION ${schema}.report(uuid, text, text[], bigint, bigint) IS 'A process says that it lives and how far it is; the size of the store.';
 
 -- +goose StatementBegin
-CREATE FUNCTION ${schema}.claim_sweep(me uuid, target bigint, silent_us bigint, claim_us bigint) RETURNS bigint LANGUAGE plpgsql VOLATILE AS
+CREATE FUNCTION ${schema}.claim_sweep(me uuid, target bigint, silent_us bigint, claim_us bigint) RETURNS bigint LANGUAGE plpgsql VOLATILE
+    SET lock_timeout = '4s' AS
 $$
 DECLARE
     clock bigint;
@@ -337,7 +340,8 @@ $$;
 COMMENT ON FUNCTION ${schema}.claim_sweep(uuid, bigint, bigint, bigint) IS 'Whether a process may delete what the compaction at target made unreachable: 0 it is deleted, 1 another process is at it, 2 some process that was seen in the last silent_us may still read it, 3 yes, for claim_us.';
 
 -- +goose StatementBegin
-CREATE FUNCTION ${schema}.finish_sweep(me uuid, target bigint, silent_us bigint) RETURNS void LANGUAGE plpgsql VOLATILE AS
+CREATE FUNCTION ${schema}.finish_sweep(me uuid, target bigint, silent_us bigint) RETURNS void LANGUAGE plpgsql VOLATILE
+    SET lock_timeout = '4s' AS
 $$
 DECLARE
     clock bigint := ${schema}.now_us();
