@@ -291,7 +291,7 @@ func (b *batch) applyGrace() {
 		return
 	}
 	// After a silence also those that are due so soon that their clients, who notice only now that it is over, may be late.
-	graced := b.db.shared.contact.graceBefore(b.now)
+	graced := b.db.shared.contact.silentUntil(b.now)
 	if since := graced - b.db.graced; max(since, -since) <= time.Second.Microseconds() {
 		return // the end of the same silence, as the batch before noticed it
 	}

@@ -31,7 +31,8 @@ type pgPosition struct {
 //
 // A batch is written behind the one that this process knows as the newest. If another process was faster, write answers
 // errBehind; then catchUp takes the lock that writers queue at, reads what was missed, and the batch, applied again, is
-// written before anybody else can come. So a batch is made twice at most.
+// written before anybody else can come: it is made twice at most, but where an answer is lost. While others have written of
+// late (crowded), it catches up first.
 type pgLog struct {
 	opts    PostgresOptions
 	sql     pgStatements

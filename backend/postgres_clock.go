@@ -73,8 +73,8 @@ func (c *pgContact) lose() {
 	}
 }
 
-// graceBefore is the time up to which a lease that was due could not be renewed.
-func (c *pgContact) graceBefore(now int64) int64 {
+// silentUntil is the time up to which a lease that was due could not be renewed.
+func (c *pgContact) silentUntil(now int64) int64 {
 	if last := c.last.Load(); last != 0 && now-last > c.limit {
 		return now
 	}

@@ -25,11 +25,17 @@ func (p *pgLog) read(ctx context.Context, f func(ctx context.Context, c *pgconn.
 	defer p.busy.Add(-1)
 	var lane *pgLane
 	select {
-	case lane = <-p.readers:
-		defer func() { p.readers <- lane }()
-	case <-ctx.Done():
-		return ctx.Err()
+	case lane = <-p.readers: // while closing too: for the batch that is under way
+	default:
+		select {
+		case lane = <-p.readers:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-p.closing.Done():
+			return ErrClosed
+		}
 	}
+	defer func() { p.readers <- lane }()
 	within, cancel := context.WithTimeout(ctx, pgReadTimeout)
 	defer cancel()
 	err := lane.ask(within, func(c *pgconn.PgConn) error { return f(within, c) })
@@ -39,9 +45,9 @@ func (p *pgLog) read(ctx context.Context, f func(ctx context.Context, c *pgconn.
 	return p.explain(err)
 }
 
-// missing says what it means that a row is not there: another process deletes rows that a compaction made unreachable
+// missingRow says what it means that a row is not there: another process deletes rows that a compaction made unreachable
 // when all have said that they need them no more, or when this one was not heard of for long.
-func (p *pgLog) missing(id int64) error {
+func missingRow(id int64) error {
 	return fmt.Errorf("row %d is gone: %w", id, ErrCompacted)
 }
 
@@ -61,7 +67,7 @@ func (p *pgLog) row(ctx context.Context, id int64) (f Frame, err error) {
 		})
 	})
 	if err == nil && f == nil {
-		err = p.missing(id)
+		err = missingRow(id)
 	}
 	return f, err
 }
@@ -82,7 +88,7 @@ func (p *pgLog) rows(ctx context.Context, ids []int64, each func(i int, f Frame)
 		})
 	})
 	if err == nil && found < len(place) {
-		err = p.missing(ids[0])
+		err = missingRow(ids[0])
 	}
 	return err
 }

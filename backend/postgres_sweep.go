@@ -45,7 +45,7 @@ func (p *pgLog) report(ctx context.Context, seq, released int64) error {
 	sent := time.Now()
 	return pgQuery(ctx, c, p.sql.report, args, func(r pgRow) error {
 		p.bytes.Store(r.int8(0))
-		p.clock.sample(sent, time.Now(), r.int8(2))
+		p.clock.sample(sent, time.Now(), r.int8(1))
 		return nil
 	})
 }

@@ -55,7 +55,7 @@ func newPgStatements(schema string) pgStatements {
 		clusterID:       in(`SELECT value FROM ${schema}.meta WHERE name = 'cluster_id'`),
 		clientURLs:      in(`SELECT DISTINCT unnest(urls) AS url FROM ${schema}.process WHERE seen_at > ${schema}.now_us() - $1 ORDER BY url`),
 		channel:         in(`SELECT 'quire_' || '${schema}.commits'::regclass::oid::text`),
-		report:          in(`SELECT bytes, swept, clock FROM ${schema}.report($1, $2, $3, $4, $5)`),
+		report:          in(`SELECT bytes, clock FROM ${schema}.report($1, $2, $3, $4, $5)`),
 		leave:           in(`DELETE FROM ${schema}.process WHERE id = $1`),
 		claimSweep:      in(`SELECT ${schema}.claim_sweep($1, $2, $3, $4)`),
 		finishSweep:     in(`SELECT FROM ${schema}.finish_sweep($1, $2, $3)`),

@@ -293,7 +293,7 @@ COMMENT ON FUNCTION ${schema}.delete_rows(bigint[]) IS 'Deletes compacted rows.'
 
 -- +goose StatementBegin
 CREATE FUNCTION ${schema}.report(me uuid, my_name text, my_urls text[], my_seq bigint, my_released bigint,
-                                 OUT bytes bigint, OUT swept bigint, OUT clock bigint) LANGUAGE plpgsql VOLATILE
+                                 OUT bytes bigint, OUT clock bigint) LANGUAGE plpgsql VOLATILE
     SET lock_timeout = '4s' AS
 $$
 BEGIN
@@ -303,7 +303,6 @@ BEGIN
         ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, seq = excluded.seq, released = excluded.released;
     bytes := pg_total_relation_size('${schema}.revisions') + pg_total_relation_size('${schema}.commits')
            + pg_total_relation_size('${schema}.lease');
-    swept := coalesce((SELECT m.value FROM ${schema}.meta AS m WHERE m.name = 'swept_revision'), -1);
 END
 $$;
 -- +goose StatementEnd
