@@ -24,6 +24,7 @@ type bed struct {
 	spec     proc.Spec // of the first process
 	database string    // name of its database in PostgreSQL; "" if it uses none
 	p        fleet
+	peers    []string           // addresses of a cluster's members
 	conns    []*grpc.ClientConn // conns[i] leads to process i % len(p)
 
 	keys  map[string]*keySet // what prepare has loaded, by prefix
@@ -55,6 +56,10 @@ func newBed(ctx context.Context, o *options, kind, scene string) (*bed, error) {
 		}
 	case "etcd", "quire":
 		b.spec.Flags = []string{o.quotaFlag()}
+		if kind == "quire" && !o.raft {
+			// Else the flags of etcd's kind, which name a cluster, would make it a member of one.
+			b.spec.Flags = append(b.spec.Flags, "--storage=sqlite://"+filepath.Join(b.spec.DataDir(), "quire.db"))
+		}
 	case floor:
 		b.spec.Kind = "etcd" // whose command line it takes
 	case quirePostgres, quirePostgres3, kinePostgres:
@@ -93,16 +98,12 @@ func (b *bed) isKine() bool { return b.spec.Kind == "kine" }
 func (b *bed) start(ctx context.Context) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
-	for i := range processes(b.kind) {
-		s := b.spec
-		if i > 0 {
-			s.Dir = filepath.Join(s.Dir, fmt.Sprintf("process-%d", i+1))
-		}
-		var err error
+	specs, err := b.specs()
+	if err != nil {
+		return 0, err
+	}
+	for _, s := range specs {
 		if s.Addr, err = proc.FreeAddr(); err != nil {
-			return 0, err
-		}
-		if s.Peer, err = proc.FreeAddr(); err != nil {
 			return 0, err
 		}
 		p, err := proc.Start(s)
@@ -116,6 +117,26 @@ func (b *bed) start(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	return time.Since(b.p[0].Started), b.connect()
+}
+
+// specs are those of all processes, without the addresses for clients.
+func (b *bed) specs() ([]proc.Spec, error) {
+	if b.o.raft {
+		return b.cluster()
+	}
+	specs := make([]proc.Spec, processes(b.kind))
+	for i := range specs {
+		s := b.spec
+		if i > 0 {
+			s.Dir = filepath.Join(s.Dir, fmt.Sprintf("process-%d", i+1))
+		}
+		var err error
+		if s.Peer, err = proc.FreeAddr(); err != nil {
+			return nil, err
+		}
+		specs[i] = s
+	}
+	return specs, nil
 }
 
 // answers returns when all processes have answered a read.
@@ -136,13 +157,14 @@ func (b *bed) answers(ctx context.Context) error {
 	return nil
 }
 
-// awakeLimit is how long a server on PostgreSQL may take until it serves again after it was stopped.
+// awakeLimit is how long a server on PostgreSQL, or a cluster, may take until it serves again after it was stopped.
 const awakeLimit = 30 * time.Second
 
 // awake returns when a server on PostgreSQL serves again after it was stopped: what it had asked the database then has taken
-// longer, by its clock, than it waits, and it answers that the database is away until it has asked again.
+// longer, by its clock, than it waits, and it answers that the database is away until it has asked again. The members of a
+// cluster have not heard of each other, and elect a leader.
 func (b *bed) awake(ctx context.Context) error {
-	if b.database == "" {
+	if b.database == "" && !b.o.raft {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, awakeLimit)

@@ -93,6 +93,10 @@ func describe(ctx context.Context, o *options, kind string) (string, error) {
 	if err := errors.Join(err, b.discard()); err != nil {
 		return "", err
 	}
+	if o.raft {
+		return fmt.Sprintf("%s: %s, three members on this machine, each with a third of the clients' connections, every acknowledged write synced by two of them, no other settings than %s; processor time, memory and bytes are sums over the members",
+			kind, r.Version, o.quotaFlag()), nil
+	}
 	switch kind {
 	case "kine":
 		return fmt.Sprintf("kine: v0.16.4 (answers as etcd %s), its default SQLite data source (`_journal_mode=WAL&_synchronous=NORMAL&cache=shared`): "+

@@ -36,6 +36,7 @@ type options struct {
 	quota    int64         // in bytes, of etcd's and quire's database
 	profile  bool          // profile quire instead of measuring it
 	postgres bool          // measure servers on PostgreSQL, in a table of their own
+	raft     bool          // every server is a cluster of three members, in a table of their own
 	bloat    bool          // see whether a database on PostgreSQL grows, instead of measuring
 	duration time.Duration // of bloat
 	extents  []extent      // if there are any, scale is measured instead of the workloads
@@ -119,6 +120,9 @@ func run(ctx context.Context, args []string) (err error) {
 	if o.postgres {
 		return o.runScenes(ctx, postgresScenes(), postgresMarks)
 	}
+	if o.raft {
+		return o.runScenes(ctx, raftScenes(), raftMarks)
+	}
 	return o.runScenes(ctx, []scene{writeScene(), listScene(), watchScene(), leaseScene(), boundedScene(), fairScene(), bigScene()}, benchMarks)
 }
 
@@ -178,10 +182,11 @@ func parse(args []string) (*options, error) {
 	o := &options{warmup: 500 * time.Millisecond, settle: time.Second, quota: 8 << 30}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	only := f.String("only", "", "measure only the workloads whose name matches this expression; the document is left alone")
-	servers := f.String("servers", "", "servers to measure: quire, etcd, kine, kine-full (kine with synchronous=FULL), floor (does nothing but gRPC and a synced file); with -postgres, -bloat and -profile also quire-pg, quire-pg3 (three processes) and kine-pg, on PostgreSQL; without it quire,etcd,kine, for -scale quire,etcd (1m) or quire (20g), for -postgres quire-pg,quire-pg3,kine-pg,etcd, for -bloat quire-pg, for -profile quire")
+	servers := f.String("servers", "", "servers to measure: quire, etcd, kine, kine-full (kine with synchronous=FULL), floor (does nothing but gRPC and a synced file); with -postgres, -bloat and -profile also quire-pg, quire-pg3 (three processes) and kine-pg, on PostgreSQL; without it quire,etcd,kine, for -scale quire,etcd (1m) or quire (20g), for -postgres quire-pg,quire-pg3,kine-pg,etcd, for -raft quire,etcd, for -bloat quire-pg, for -profile quire")
 	scale := f.String("scale", "", "measure large databases instead, in tables of their own: 1m (1M keys, 3M revisions), 20g (20 GiB) or 1m,20g")
 	f.BoolVar(&o.profile, "profile", false, "profile quire under some workloads instead of measuring; of another server than quire it is only printed")
 	f.BoolVar(&o.postgres, "postgres", false, "measure servers that keep their data in PostgreSQL, in a table of their own")
+	f.BoolVar(&o.raft, "raft", false, "measure clusters of three members, in a table of their own")
 	f.BoolVar(&o.bloat, "bloat", false, "see whether a database on PostgreSQL grows under 500 updates/s with 12 compactions, a line for each sixtieth of -duration")
 	f.DurationVar(&o.duration, "duration", bloatFull, "how long -bloat lasts; if less than 1h the document is left alone")
 	f.IntVar(&o.divide, "divide", 1, "divide the sizes of data sets by this; above 1 the document is left alone")
@@ -252,6 +257,8 @@ func (o *options) usualServers() []string {
 		return []string{quirePostgres}
 	case o.postgres:
 		return []string{quirePostgres, quirePostgres3, kinePostgres, "etcd"}
+	case o.raft:
+		return []string{"quire", "etcd"}
 	default:
 		return []string{"quire", "etcd", "kine"}
 	}
@@ -264,6 +271,8 @@ func (o *options) suits(server string) error {
 		return errors.New("floor has no values and no history, which -scale measures: leave it out")
 	case o.profile && (len(o.servers) > 1 || server != "quire" && server != quirePostgres):
 		return errors.New("-profile takes one server, quire or quire-pg")
+	case o.raft && server != "quire" && server != "etcd":
+		return fmt.Errorf("-raft measures clusters of quire and of etcd, and %s is none", server)
 	case o.bloat && !onPostgres(server):
 		return fmt.Errorf("-bloat asks PostgreSQL for its size, and %s does not use it", server)
 	case onPostgres(server) && !o.postgres && !o.bloat && !o.profile:

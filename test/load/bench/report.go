@@ -14,6 +14,7 @@ type marks struct{ begin, end string }
 
 var (
 	benchMarks    = marks{"<!-- bench:begin (written by make bench) -->", "<!-- bench:end -->"}
+	raftMarks     = marks{"<!-- raft:begin (written by make bench-raft) -->", "<!-- raft:end -->"}
 	postgresMarks = marks{"<!-- postgres:begin (written by make bench-postgres) -->", "<!-- postgres:end -->"}
 )
 

@@ -7,6 +7,7 @@ package proc
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,13 +26,16 @@ import (
 
 // Spec says what to start and where.
 type Spec struct {
-	Kind   string   // "etcd", "quire" or "kine": which command line the binary takes
-	Binary string   // path of the executable
-	Dir    string   // directory of its own, made if missing; holds the data and the log
-	Addr   string   // host:port the clients use
-	Peer   string   // host:port for etcd's peers; unused by kine
-	Flags  []string // further arguments, appended last
-	Env    []string // further environment, KEY=value
+	Kind   string // "etcd", "quire" or "kine": which command line the binary takes
+	Binary string // path of the executable
+	Dir    string // directory of its own, made if missing; holds the data and the log
+	Addr   string // host:port the clients use
+	Peer   string // host:port for etcd's peers; unused by kine
+	Name   string // of the member; empty: one
+	// Cluster is --initial-cluster; empty: this member alone.
+	Cluster string
+	Flags   []string // further arguments, appended last
+	Env     []string // further environment, KEY=value
 }
 
 // Process is one running server. It belongs to one goroutine, except for Done and the readings of /proc.
@@ -101,14 +105,15 @@ func (s Spec) args() ([]string, error) {
 	switch s.Kind {
 	case "etcd", "quire":
 		client, peer := "http://"+s.Addr, "http://"+s.Peer
+		name := cmp.Or(s.Name, "one")
 		return append([]string{
-			"--name=one",
+			"--name=" + name,
 			"--data-dir=" + s.DataDir(),
 			"--listen-client-urls=" + client,
 			"--advertise-client-urls=" + client,
 			"--listen-peer-urls=" + peer,
 			"--initial-advertise-peer-urls=" + peer,
-			"--initial-cluster=one=" + peer,
+			"--initial-cluster=" + cmp.Or(s.Cluster, name+"="+peer),
 			"--log-level=warn",
 		}, s.Flags...), nil
 	case "kine":
