@@ -11,6 +11,8 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Bloat: does a database on PostgreSQL grow under steady updates that are compacted as kube-apiserver does it?
@@ -23,6 +25,7 @@ const (
 	bloatCompactions = 12  // in the whole time: in an hour one every five minutes
 	bloatSamples     = 60  // lines of the report
 	bloatTolerance   = 1.05
+	bloatPatience    = time.Minute
 	bloatFull        = time.Hour // a shorter run is not written into the document
 )
 
@@ -113,7 +116,7 @@ func (o *options) watchBloat(ctx context.Context, kind string) (samples []bloatS
 		work(func() error {
 			return b.paced(ctx, bloatPerWriter, func(ctx context.Context, w *worker) error {
 				start := time.Now()
-				err := s.update(ctx, w, i*own+w.rng.IntN(own))
+				err := patiently(ctx, func() error { return s.update(ctx, w, i*own+w.rng.IntN(own)) })
 				took.add(time.Since(start))
 				return err
 			})
@@ -167,7 +170,9 @@ func (b *bed) compactNowAndThen(ctx context.Context, period time.Duration) error
 			return nil
 		case <-tick.C:
 		}
-		err := callProto(ctx, b.conns[0], methodCompact, &pb.CompactionRequest{Revision: last}, &pb.CompactionResponse{})
+		err := patiently(ctx, func() error {
+			return callProto(ctx, b.conns[0], methodCompact, &pb.CompactionRequest{Revision: last}, &pb.CompactionResponse{})
+		})
 		if err == nil {
 			last, err = b.revision(ctx)
 		}
@@ -176,6 +181,17 @@ func (b *bed) compactNowAndThen(ctx context.Context, period time.Duration) error
 		}
 		if err != nil {
 			return fmt.Errorf("compacting: %w", err)
+		}
+	}
+}
+
+// patiently tries again while the server says that it cannot reach its database: an hour is long, and the machine may be busy
+// with other things meanwhile.
+func patiently(ctx context.Context, op func() error) error {
+	for due := time.Now().Add(bloatPatience); ; sleep(ctx, time.Second) {
+		err := op()
+		if status.Code(err) != codes.Unavailable || time.Now().After(due) || ctx.Err() != nil {
+			return err
 		}
 	}
 }
