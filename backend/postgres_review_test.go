@@ -669,9 +669,9 @@ func TestPostgresClockThatIsSetBack(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		panic("the committer prolongs a lease for ever")
 	}
-	for deadline := time.Now().Add(10 * time.Second); len(db.Leases()) > 0; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(db.Leases()) > 0; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("a lease of 1 s has not expired after 10")
+			t.Fatal("a lease of 1 s has not expired after a minute")
 		}
 	}
 }
