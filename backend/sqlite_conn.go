@@ -57,6 +57,10 @@ func (e *sqliteError) Error() string {
 // full: no space. SQLite turns ENOSPC of a write into SQLITE_FULL by itself, but not a quota, nor ENOSPC when it
 // enlarges the shared memory file.
 func (e *sqliteError) full() bool {
+	switch e.Extended {
+	case sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC:
+		return false // it was written, and may be found again: not what a full disk is taken for
+	}
 	return e.Code == sqlite3.SQLITE_FULL || e.Errno == syscall.ENOSPC || e.Errno == syscall.EDQUOT
 }
 

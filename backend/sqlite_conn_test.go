@@ -402,3 +402,15 @@ func TestErrorTextNamesOperationAndCause(t *testing.T) {
 		t.Error("found where there is none")
 	}
 }
+
+// A sync that finds no room leaves what was written where it is: it may be found again after a crash.
+func TestAFailedSyncIsNoFullDisk(t *testing.T) {
+	for extended, full := range map[int]bool{
+		sqlite3.SQLITE_IOERR_WRITE: true, sqlite3.SQLITE_IOERR_FSYNC: false, sqlite3.SQLITE_IOERR_DIR_FSYNC: false,
+	} {
+		e := &sqliteError{Code: sqlite3.SQLITE_IOERR, Extended: extended, Errno: syscall.ENOSPC}
+		if e.full() != full {
+			t.Errorf("ENOSPC with code %d counts as a full disk: %t", extended, e.full())
+		}
+	}
+}

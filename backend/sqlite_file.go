@@ -297,7 +297,14 @@ func (f *sqliteFile) openWriter() (err error) {
 	if err := f.writer.exec(writerPragmas); err != nil {
 		return err
 	}
-	f.pageSize, err = f.writer.queryInt64("PRAGMA page_size")
+	if f.pageSize, err = f.writer.queryInt64("PRAGMA page_size"); err != nil {
+		return err
+	}
+	// What the last process wrote into the WAL and did not come to sync is about to be served: a checkpoint syncs it first.
+	_, _, err = f.writer.walCheckpoint(checkpointPassive)
+	if e := asSQLiteError(err); e != nil && (e.busy() || e.full()) {
+		return nil // another program is at it, or there is no room for the copy: the WAL is synced
+	}
 	return err
 }
 
