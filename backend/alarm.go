@@ -131,18 +131,27 @@ func chargeOps(ops []*pb.RequestOp) (sum int64) {
 }
 
 // checkSpace refuses what would grow the database past its quota, and raises the NOSPACE alarm when
-// it does so for the first time. What only deletes or reads always goes through.
+// it does so for the first time. What only deletes or reads always goes through. In a replica it is the leader's quota, and
+// the alarm is the leader's: as much as it has seen to be left is used up by the Commands of an entry, one after the other.
 func (b *batch) checkSpace(req any) error {
 	c := charge(req)
-	if c == 0 || b.db.opts.QuotaBytes < 0 {
+	left, raiser := b.db.opts.QuotaBytes-b.st.logical, b.db.opts.MemberID
+	limited := b.db.opts.QuotaBytes >= 0
+	if b.stamp != nil {
+		left, raiser, limited = b.stamp.space, b.stamp.member, b.stamp.space >= 0
+	}
+	if c == 0 || !limited {
 		return nil
 	}
 	if b.alarms.has(pb.AlarmType_NOSPACE) {
 		return ErrNoSpace
 	}
-	if b.st.logical+c > b.db.opts.QuotaBytes {
-		b.changeAlarm(alarmKey{b.db.opts.MemberID, pb.AlarmType_NOSPACE}, true)
+	if c > left {
+		b.changeAlarm(alarmKey{raiser, pb.AlarmType_NOSPACE}, true)
 		return ErrNoSpace
+	}
+	if b.stamp != nil {
+		b.stamp.space -= c
 	}
 	return nil
 }
@@ -151,9 +160,21 @@ func (b *batch) checkSpace(req any) error {
 // far enough from the quota that it does not come back with the next write.
 const roomAgain = 95
 
-// hasRoomAgain says whether our NOSPACE alarm should go.
-func (db *DB) hasRoomAgain() bool {
-	_, standing := db.alarms.current()[alarmKey{db.opts.MemberID, pb.AlarmType_NOSPACE}]
-	q := float64(db.opts.QuotaBytes)
-	return standing && (q < 0 || float64(db.st.logical) < q*roomAgain/100)
+// outlived lists the NOSPACE alarms that should go: our own when there is room again, and where this replica leads,
+// those of former leaders too. REQUIRES: the commit token.
+func (db *DB) outlived() (gone []alarmKey) {
+	if q := float64(db.opts.QuotaBytes); q >= 0 && float64(db.st.logical) >= q*roomAgain/100 {
+		return nil
+	}
+	if db.replica != nil {
+		if _, leads := db.replica.clock.mine(); !leads {
+			return nil
+		}
+	}
+	for _, k := range db.alarms.current().sorted() {
+		if k.alarm == pb.AlarmType_NOSPACE && (db.replica != nil || k.member == db.opts.MemberID) {
+			gone = append(gone, k)
+		}
+	}
+	return gone
 }

@@ -91,7 +91,7 @@ func (b *batch) applyLeaseGrant(r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse
 	case b.leases.exists(r.ID):
 		return nil, ErrLeaseExists
 	}
-	ttl := max(r.TTL, b.db.opts.MinLeaseTTL)
+	ttl := max(r.TTL, 1) // Write has raised it to what is asked of each here
 	b.st.logical += leaseCharge
 	b.leases.grant(r.ID, ttl, b.now+ttl*1e6)
 	return &pb.LeaseGrantResponse{Header: b.header(), ID: r.ID, TTL: ttl}, nil
@@ -133,7 +133,8 @@ func (b *batch) applyExpiry() (ids []int64) {
 	if b.alarms.has(pb.AlarmType_CORRUPT) {
 		return nil
 	}
-	for len(ids) < expiredPerCommand && len(b.rows) < expiredRowsPerCommand && len(b.db.leases.due) > 0 {
+	rows := len(b.rows)
+	for len(ids) < expiredPerCommand && len(b.rows)-rows < expiredRowsPerCommand && len(b.db.leases.due) > 0 {
 		l := b.db.leases.due[0]
 		if l.deadline > b.now {
 			break

@@ -15,8 +15,9 @@ type state struct {
 	compact int64  // compaction revision; -1: never compacted, as etcd counts
 	nextID  int64  // id of the next row
 	others  uint64 // batches that changed something else than rows; with the rows, the applied index
-	clock   int64  // µs; the newest committed_at: time does not run backwards in the history
-	logical int64  // bytes of keys and values, and rowOverhead for each row, of all rows not compacted; and leaseCharge for each lease
+	replica replicaState
+	clock   int64 // µs; the newest committed_at: time does not run backwards in the history
+	logical int64 // bytes of keys and values, and rowOverhead for each row, of all rows not compacted; and leaseCharge for each lease
 
 	// log names the records at or after the compaction revision in the order of their revisions:
 	// what compaction will walk next.
@@ -30,6 +31,7 @@ type state struct {
 	retired      []uint32
 	retiredSlots []uint32
 	garbage      []int64 // ids of rows that nothing refers to, to be deleted
+	file         uint64  // counts the files that the rows were in, see Install
 }
 
 // rowOverhead is what a row is taken to cost beside its key and value, in bytes.
@@ -40,6 +42,7 @@ type row struct {
 	id, rev, sub           int64
 	create, version, lease int64
 	deleted                bool
+	at                     int64 // µs; see batch.at
 	author                 string
 	key, value             []byte
 	rec                    uint32
@@ -61,16 +64,20 @@ type batch struct {
 	begin  int64 // revision before the current Command
 	sub    int64 // rows of the current Command so far
 
-	rows         []row
-	undo         []undoWrite
-	leases       leaseChanges
-	compacted    bool // the compaction revision moved
-	alarms       alarmSet
-	alarmChanges []alarmChange
-	failure      error
-	was          savedState
-	applied      time.Time // when apply was done
-	graced       int64     // see DB.graced; 0: it stays
+	rows           []row
+	undo           []undoWrite
+	leases         leaseChanges
+	compacted      bool // the compaction revision moved
+	alarms         alarmSet
+	alarmChanges   []alarmChange
+	failure        error
+	was            savedState
+	stamp          *stamp // of the entry that is being applied, in a replica; space is what is left of it
+	unheard        bool   // nobody waits for the answer to the current Command: what only serves that may be left out
+	membersChanged bool
+	unread         error     // a row could not be read, in a replica: then nothing of the batch may be believed
+	applied        time.Time // when apply was done
+	graced         int64     // see DB.graced; 0: it stays
 }
 
 type undoWrite struct {
@@ -88,6 +95,8 @@ type savedState struct {
 	nextID  int64
 	logical int64
 	logLen  int
+	clock   int64
+	replica replicaState
 }
 
 // newBatch begins a batch at a time of DB.now, which is that of leases, and of the wall clock, which is that of people.
@@ -99,7 +108,7 @@ func (db *DB) newBatch(now, wall int64) *batch {
 		ctx: context.Background(), db: db, st: st, now: now, at: st.clock,
 		was: savedState{
 			keys: st.keys.tree(), rev: st.rev, compact: st.compact, nextID: st.nextID,
-			logical: st.logical, logLen: st.log.len(),
+			logical: st.logical, logLen: st.log.len(), clock: st.clock, replica: st.replica,
 		},
 		alarms: db.alarms.current(),
 		leases: leaseChanges{table: &db.leases},
@@ -115,6 +124,9 @@ func (b *batch) readRow(_ context.Context, id int64) (Frame, error) {
 		return b.rows[i].frame, nil
 	}
 	f, err := b.db.log.frame(id)
+	if err != nil && b.db.replica != nil {
+		b.unread = err
+	}
 	return f, b.db.log.explain(err)
 }
 
@@ -173,7 +185,7 @@ func (b *batch) write(slot uint32, known bool, kv *keyValue, deleted bool) {
 
 	w := row{
 		id: st.nextID, rev: kv.mod, sub: b.sub, create: kv.create, version: kv.version, lease: kv.lease,
-		deleted: deleted, author: b.author, key: kv.key, value: kv.value, rec: u.rec,
+		deleted: deleted, at: b.at, author: b.author, key: kv.key, value: kv.value, rec: u.rec,
 	}
 	if deleted {
 		w.frame = kv.appendFrame(make([]byte, 0, kv.frameSize()))
@@ -190,7 +202,7 @@ func (b *batch) write(slot uint32, known bool, kv *keyValue, deleted bool) {
 	st.log.push(u.rec)
 	st.logical += int64(r.size) + rowOverhead
 	st.nextID++
-	st.rev = kv.mod
+	st.rev, st.clock = kv.mod, b.at
 	b.reader.rev = kv.mod
 	b.sub++
 	b.undo = append(b.undo, u)
@@ -251,7 +263,7 @@ func (b *batch) rollback() {
 	}
 	st.keys = b.was.keys.edit()
 	st.rev, st.compact, st.nextID = b.was.rev, b.was.compact, b.was.nextID
-	st.logical = b.was.logical
+	st.logical, st.clock, st.replica = b.was.logical, b.was.clock, b.was.replica
 	st.log.truncate(b.was.logLen)
 	b.leases.rollback()
 }

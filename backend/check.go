@@ -102,6 +102,9 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 	if err != nil {
 		return err
 	}
+	if err := c.member(db); err != nil {
+		return err
+	}
 	total, err := db.queryInt64(sqliteCountRows)
 	if err != nil {
 		return err
@@ -151,6 +154,23 @@ func (c *checker) next(ctx context.Context, w *checkedRow, total int64, progress
 		return ctx.Err()
 	}
 	return nil
+}
+
+// member checks what only the database of a member of a cluster has.
+func (c *checker) member(db *conn) error {
+	position, _, err := readPosition(db)
+	if err != nil {
+		return err
+	}
+	if position.clockTerm > position.term {
+		c.problem("the log is applied up to an entry of term %d, but its clock is of term %d", position.term, position.clockTerm)
+	}
+	err = readMembers(db, position.members)
+	if errors.Is(err, ErrDamaged) {
+		c.problem("%v", err)
+		return nil
+	}
+	return err
 }
 
 // finish is called after the last row.

@@ -94,6 +94,8 @@ func TestCheckFindsDamage(t *testing.T) {
 			UPDATE revisions SET key = (SELECT key FROM s) WHERE rev = 6`, "has version"},
 		{"time runs backwards", "UPDATE revisions SET committed_at = 1 WHERE rev = 7", "was committed before"},
 		{"compacted ahead", "UPDATE meta SET value = 99 WHERE name = 'compact_revision'", "compacted at revision 99"},
+		{"a clock of a term to come", "INSERT INTO raft VALUES (1, 7, 2, 1000, 3, 9)", "its clock is of term 3"},
+		{"a member without URLs", "INSERT INTO member VALUES (-1, 0, 0, 'n', 'http://a', '[]')", "the peer URLs of member ffffffffffffffff"},
 		{"the compaction is forgotten", "DELETE FROM meta WHERE name = 'compact_revision'", "are missing"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

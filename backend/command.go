@@ -75,4 +75,7 @@ type Hooks struct {
 	// StorageHealed when the next one could.
 	StorageError  func(err error)
 	StorageHealed func()
+	// Failed is called, once, when a member of a cluster (OpenReplica) finds out elsewhere than in Apply that it cannot go
+	// on: a reader or a background step has met damage (ErrDamaged), or a sync has failed. The process has to end.
+	Failed func(err error)
 }

@@ -27,6 +27,7 @@ type pending struct {
 	step func() error
 
 	size    int
+	encoded []byte // as the log of a replica carries it
 	resp    proto.Message
 	expired []int64
 	err     error
@@ -79,9 +80,16 @@ func (q *queue) putDown() {
 // revisions. When ctx ends while cmd waits in the queue, cmd is withdrawn; when it is being committed, Write
 // returns ctx's error and cmd takes effect or not, as after any lost answer. ErrDiskFull means that nothing
 // was changed, ErrStorage that it is not known whether the write will be there after a restart.
+//
+// In a replica a batch goes through the log, and Commands that are under way at the same time have no order. Errors of the
+// log are etcd's (rpctypes); the request must not be changed even after Write has returned one.
 func (db *DB) Write(ctx context.Context, cmd Command) (proto.Message, error) {
-	if g, ok := cmd.Request.(*pb.LeaseGrantRequest); ok && g.ID == 0 {
-		return db.grantDrawn(ctx, cmd, g)
+	if g, ok := cmd.Request.(*pb.LeaseGrantRequest); ok && (g.ID == 0 || g.TTL < db.opts.MinLeaseTTL) {
+		raised := &pb.LeaseGrantRequest{ID: g.ID, TTL: max(g.TTL, db.opts.MinLeaseTTL)}
+		if g.ID == 0 {
+			return db.grantDrawn(ctx, cmd, raised)
+		}
+		cmd.Request = raised
 	}
 	if db.shared != nil {
 		// Nobody waits in the queue for a database that is not there.
@@ -115,6 +123,9 @@ const fewWriters = 4
 
 // submit queues an entry and waits for it.
 func (db *DB) submit(ctx context.Context, p *pending) error {
+	if db.replica != nil && p.step == nil {
+		return db.propose(ctx, p)
+	}
 	q := &db.queue
 	q.mu.Lock()
 	if q.closed {

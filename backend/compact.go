@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -105,7 +106,6 @@ func (db *DB) WaitCompacted(ctx context.Context, rev int64) error {
 const stepRetry = time.Second
 
 func (db *DB) compactLoop() {
-	defer db.background.Done()
 	for {
 		select {
 		case <-db.compactor.kick:
@@ -169,16 +169,21 @@ func (db *DB) compactOnce() error {
 
 // removeGarbage deletes the rows that nothing refers to any more.
 func (db *DB) removeGarbage(int64) (rows int64, err error) {
-	// Only the steps of this goroutine touch it, and none is under way.
-	slices.Sort(db.st.garbage)
-	rows = int64(len(db.st.garbage))
+	// What is swept meanwhile waits for the next time, and so need not be sorted with the rest.
+	var ids []int64
+	var file uint64
+	if _, err := db.step(func() error { ids, file = db.takeGarbage(); return nil }); err != nil {
+		return 0, err
+	}
+	slices.Sort(ids)
+	rows = int64(len(ids))
 	rest := resting{db: db}
-	for more := rows > 0; more; {
-		took, err := db.step(func() (err error) { more, err = db.deleteGarbage(); return err })
+	for len(ids) > 0 {
+		took, err := db.step(func() (err error) { ids, err = db.deleteGarbage(ids, file); return err })
 		if err != nil {
 			return 0, err
 		}
-		if more && !rest.after(took) {
+		if len(ids) > 0 && !rest.after(took) {
 			return 0, db.ctx.Err()
 		}
 	}
@@ -238,10 +243,24 @@ func (db *DB) step(f func() error) (took time.Duration, err error) {
 	err = db.submit(context.Background(), &pending{step: func() error {
 		start := time.Now()
 		defer func() { took = time.Since(start) }()
+		if db.replica != nil {
+			if err := db.replica.failure(); err != nil {
+				return err
+			}
+		}
 		return f()
 	}})
-	if err != nil && db.ctx.Err() == nil && db.opts.Hooks.StorageError != nil {
-		db.opts.Hooks.StorageError(db.log.explain(err))
+	if err != nil && db.ctx.Err() == nil {
+		explained := db.current.Load().log.explain(err)
+		if db.opts.Hooks.StorageError != nil {
+			db.opts.Hooks.StorageError(explained)
+		}
+		if db.replica != nil {
+			if errors.Is(explained, ErrDamaged) {
+				_ = db.replica.fail(explained)
+			}
+			db.tellFailure()
+		}
 	}
 	return took, err
 }
@@ -302,21 +321,25 @@ func (db *DB) sweep(target int64) (more bool) {
 	return db.sweepable(target)
 }
 
-// deleteGarbage deletes the next rows that nothing refers to any more; more says whether there are others.
-// REQUIRES: the commit token; the garbage is sorted.
-func (db *DB) deleteGarbage() (more bool, err error) {
-	st := &db.st
-	ids := st.garbage[:min(len(st.garbage), deleteRows)]
-	if len(ids) > 0 {
-		if err := db.log.deleteRows(ids); err != nil {
-			return true, err
-		}
-		st.garbage = st.garbage[len(ids):]
+// takeGarbage hands out the ids of the rows that nothing refers to any more, and the number of the file they are in.
+// REQUIRES: the commit token.
+func (db *DB) takeGarbage() (ids []int64, file uint64) {
+	ids, db.st.garbage = db.st.garbage, nil
+	return ids, db.st.file
+}
+
+// deleteGarbage deletes the next of the rows that were taken, and returns the rest: none where the file has been replaced.
+// What cannot be deleted is garbage again. REQUIRES: the commit token.
+func (db *DB) deleteGarbage(ids []int64, file uint64) (rest []int64, err error) {
+	if file != db.st.file {
+		return nil, nil
 	}
-	if len(st.garbage) == 0 {
-		st.garbage = nil // it may have been large
+	n := min(len(ids), deleteRows)
+	if err := db.log.deleteRows(ids[:n]); err != nil {
+		db.st.garbage = append(db.st.garbage, ids...)
+		return nil, err
 	}
-	return st.garbage != nil, nil
+	return ids[n:], nil
 }
 
 // sweepable says whether records up to target are left.
@@ -364,11 +387,15 @@ func (db *DB) dropRow(r *record) {
 
 // clearNoSpace lets the NOSPACE alarm go when compaction has made room.
 func (db *DB) clearNoSpace() error {
-	room := false
-	if _, err := db.step(func() error { room = db.hasRoomAgain(); return nil }); err != nil || !room {
+	var gone []alarmKey
+	if _, err := db.step(func() error { gone = db.outlived(); return nil }); err != nil {
 		return err
 	}
-	clear := &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: db.opts.MemberID, Alarm: pb.AlarmType_NOSPACE}
-	_, err := db.Write(db.ctx, Command{Request: clear})
-	return err
+	for _, k := range gone {
+		clear := &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: k.member, Alarm: k.alarm}
+		if _, err := db.Write(db.ctx, Command{Request: clear}); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -11,11 +11,13 @@ import (
 
 // DB is one open database. All its methods may be called by any number of goroutines at once.
 type DB struct {
-	opts   Options
-	log    storage
-	shared *pgLog // log, where other processes write to it as well; else nil
-	heads  headRounds
-	index  *index
+	opts Options
+	// log and index belong to the holder of the commit token: a replica may get others. Who only reads takes those of a View.
+	log     storage
+	index   *index
+	shared  *pgLog   // log, where other processes write to it as well; else nil
+	replica *replica // where writes go through a log of several processes; else nil
+	heads   headRounds
 
 	current atomic.Pointer[View]
 	ring    eventRing
@@ -45,6 +47,8 @@ type DB struct {
 	subscribeMu sync.Mutex
 	subscribers atomic.Pointer[[]*subscriber]
 
+	hashTurn chan struct{} // see hashPage
+
 	compactor  compactor
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
@@ -55,46 +59,69 @@ type DB struct {
 
 // OpenSQLite opens the database file at path, making it and its directory (mode 0700) where they are
 // missing, and loads the index. The file is locked against a second quire; people may read it at any time.
+// That of a member of a cluster is refused: what the cluster has committed since would be missing.
 // Errors wrap ErrInUse, ErrNewerSchema or ErrDamaged, and say what to do.
 func OpenSQLite(ctx context.Context, path string, o Options) (*DB, error) {
 	file, err := openSQLiteFile(ctx, path)
 	if err != nil {
 		return nil, err
 	}
-	log, err := newSQLiteLog(file)
+	if err = refuseMember(file); err != nil {
+		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), file.close())
+	}
+	return openOnFile(ctx, file, nil, o)
+}
+
+// openOnFile opens a database on its file, which is closed when that fails.
+func openOnFile(ctx context.Context, file *sqliteFile, r *replica, o Options) (*DB, error) {
+	log, err := newSQLiteLog(file, r != nil)
 	var db *DB
 	if err == nil {
-		db, err = openDB(ctx, log, nil, o)
+		db = newDB(log, o, r)
+		if r != nil {
+			log.damaged = db.damaged
+		}
+		db, err = openDB(ctx, db, nil)
 	}
 	if err != nil {
-		if e := asSQLiteError(err); e != nil && e.corrupt() && !errors.Is(err, ErrDamaged) {
-			err = fmt.Errorf("%w: %w", ErrDamaged, err)
-		}
-		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), file.close())
+		return nil, errors.Join(fmt.Errorf("opening %s: %w", file.path, file.explainDamage(err)), file.close())
 	}
 	return db, nil
 }
 
-// openDB opens a database on a storage; shared is the same one, if it is shared.
-func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, error) {
+// newDB makes a DB on a storage, with nothing loaded yet.
+func newDB(log storage, o Options, r *replica) *DB {
 	o = o.withDefaults()
 	recs := newRecords()
 	db := &DB{
 		opts:          o,
 		log:           log,
-		shared:        shared,
+		replica:       r,
 		index:         &index{recs: recs, slots: newSlots(), vals: newValues(recs, o.ValueCacheBytes)},
 		committerDone: make(chan struct{}),
 		opened:        time.Now(),
 		drawLeaseID:   drawLeaseID,
+		hashTurn:      make(chan struct{}, 1),
 	}
 	db.queue.init()
 	db.leases.init()
 	db.compactor.init()
 	db.heads.init()
 	db.ctx, db.cancel = context.WithCancel(context.Background())
+	return db
+}
+
+// openDB loads a new DB and starts its work; shared is its storage, if that is shared.
+func openDB(ctx context.Context, db *DB, shared *pgLog) (*DB, error) {
+	db.shared = shared
+	o := db.opts
 	if err := db.load(ctx); err != nil {
 		return nil, err
+	}
+	if db.replica != nil {
+		if err := db.loadReplica(); err != nil {
+			return nil, err
+		}
 	}
 	opened := db.now()
 	db.graceBefore = opened
@@ -111,9 +138,14 @@ func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, er
 		db.compactor.swept, db.compactor.memory = db.st.compact, db.st.compact
 	}
 	go db.commitLoop()
-	db.background.Add(2)
-	go db.expireLoop()
-	go db.compactLoop()
+	db.background.Go(db.compactLoop)
+	// A compaction that the last process did not finish goes on.
+	db.compactor.wake()
+	if db.replica != nil {
+		db.startReplica()
+		return db, nil
+	}
+	db.background.Go(db.expireLoop)
 	if db.shared != nil {
 		db.startShared()
 	}
@@ -121,8 +153,6 @@ func openDB(ctx context.Context, log storage, shared *pgLog, o Options) (*DB, er
 	if due, ok := db.leases.next(); ok && due <= opened {
 		_ = db.submit(ctx, &pending{expire: &expireLeases{}})
 	}
-	// A compaction that the last process did not finish goes on.
-	db.compactor.wake()
 	return db, nil
 }
 
@@ -144,6 +174,9 @@ func (db *DB) Close() error {
 		if db.shared != nil {
 			db.shared.beginClosing()
 		}
+		if db.replica != nil {
+			db.replica.proposals.close()
+		}
 		db.background.Wait()
 		q.whenIdle()
 		close(q.wake)
@@ -155,10 +188,13 @@ func (db *DB) Close() error {
 
 // now is the time in µs since the epoch as leases count it: the wall clock when the database was opened, and from
 // there the monotonic one. A clock that is set while quire runs neither ends leases nor prolongs them (etcd: Lease.expiry).
-// Where several processes share leases it is the clock of the database.
+// Where several processes share leases it is the clock of the database, or that of the log.
 func (db *DB) now() int64 {
 	if db.shared != nil {
 		return db.shared.clock.now()
+	}
+	if db.replica != nil {
+		return db.replica.clock.now()
 	}
 	return db.opened.UnixMicro() + time.Since(db.opened).Microseconds()
 }
@@ -177,12 +213,24 @@ func (db *DB) storeCounters() {
 	if db.shared != nil {
 		others = uint64(db.shared.position().seq) // the same number in every process
 	}
-	db.appliedIndex.Store(uint64(db.st.nextID-1) + others)
+	applied := uint64(db.st.nextID-1) + others
+	if db.replica != nil {
+		applied = db.st.replica.index
+	}
+	db.appliedIndex.Store(applied)
 	db.logical.Store(db.st.logical)
 }
 
 // Revision is the newest published revision; 1 in an empty store.
 func (db *DB) Revision() int64 { return db.current.Load().rev }
+
+// Empty says whether nothing was ever written, as far as can be seen: no key, no compaction, no lease, no alarm.
+func (db *DB) Empty() bool {
+	db.leases.mu.RLock()
+	leases := len(db.leases.byID)
+	db.leases.mu.RUnlock()
+	return db.Revision() == 1 && db.CompactRevision() == 0 && leases == 0 && len(db.alarms.current()) == 0
+}
 
 // CompactRevision is the revision the store is compacted at, 0 when it never was.
 func (db *DB) CompactRevision() int64 { return db.current.Load().CompactRevision() }
@@ -198,7 +246,7 @@ type Stats struct {
 	Leases              int
 	ValueCacheBytes     int64
 	ReadTransactions    int    // open in the database; reads from memory need none
-	AppliedIndex        uint64 // rows and other changes since the database was made; it never falls
+	AppliedIndex        uint64 // rows and other changes since the database was made, in a replica entries of the log; it never falls
 }
 
 // Stats reports on the newest state.
@@ -208,7 +256,7 @@ func (db *DB) Stats() Stats {
 	db.leases.mu.RLock()
 	leases := len(db.leases.byID)
 	db.leases.mu.RUnlock()
-	total, inUse := db.log.size()
+	total, inUse := v.log.size()
 	return Stats{
 		DBSize:           total,
 		DBSizeInUse:      inUse,
@@ -218,8 +266,8 @@ func (db *DB) Stats() Stats {
 		Revision:         v.rev,
 		CompactRevision:  v.CompactRevision(),
 		Leases:           leases,
-		ValueCacheBytes:  db.index.vals.bytes(),
-		ReadTransactions: db.log.reading(),
+		ValueCacheBytes:  v.index.vals.bytes(),
+		ReadTransactions: v.log.reading(),
 		AppliedIndex:     db.appliedIndex.Load(),
 	}
 }

@@ -20,10 +20,13 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
+// openStore opens the databases of the tests that other storage modes have to pass too.
+var openStore = OpenSQLite
+
 // openTest opens a database that is closed, and checked as a whole, when the test ends.
 func openTest(t *testing.T, path string, o Options) *DB {
 	t.Helper()
-	db, err := OpenSQLite(t.Context(), path, o)
+	db, err := openStore(t.Context(), path, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +180,7 @@ func TestModel(t *testing.T) {
 				operations: 600,
 				processes:  1,
 				open: func() *DB {
-					db, err := OpenSQLite(t.Context(), path, Options{ValueCacheBytes: cache})
+					db, err := openStore(t.Context(), path, Options{ValueCacheBytes: cache})
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -303,6 +306,7 @@ func compareWithModel(t *testing.T, db *DB, m *model, rnd *rand.Rand) {
 				t.Fatalf("at %d: got %.80v, want %.80v", rev, f.KeyValue(), want[i])
 			}
 		}
+		compareHash(t, db, m, rev)
 		counted, err := v.Range(t.Context(), &pb.RangeRequest{Key: []byte("k1"), RangeEnd: []byte("k2"), Revision: rev, CountOnly: true})
 		if err != nil || counted.Count != int64(len(m.sorted("k1", "k2", rev))) {
 			t.Fatalf("at %d: count %d (%v), want %d", rev, counted.Count, err, len(m.sorted("k1", "k2", rev)))

@@ -95,7 +95,7 @@ func reopen(t *testing.T, db *DB, path string, o Options) *DB {
 	t.Helper()
 	logical, want := settled(t, db), contents(t, db)
 	closeAndCheck(t, db, path)
-	again, err := OpenSQLite(t.Context(), path, o)
+	again, err := openStore(t.Context(), path, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ var faultSteps = []struct {
 
 func beforeFaults(t *testing.T, path string, o Options) *DB {
 	t.Helper()
-	db, err := OpenSQLite(t.Context(), path, o)
+	db, err := openStore(t.Context(), path, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -388,8 +388,11 @@ func TestSweepFails(t *testing.T) {
 func sweepAll(db *DB, target int64) (more bool, err error) {
 	for db.sweep(target) {
 	}
-	slices.Sort(db.st.garbage)
-	return db.deleteGarbage()
+	ids, file := db.takeGarbage()
+	slices.Sort(ids)
+	ids, err = db.deleteGarbage(ids, file)
+	db.st.garbage = append(db.st.garbage, ids...)
+	return len(db.st.garbage) > 0, err
 }
 
 // tombstones counts the tombstones that are kept.
@@ -425,17 +428,17 @@ func TestSweepFailsMidway(t *testing.T) {
 		before := len(db.st.garbage)
 		for db.sweep(target) {
 		}
-		slices.Sort(db.st.garbage)
-		all := len(db.st.garbage)
-		more, err := db.deleteGarbage()
-		if before != 0 || all-len(db.st.garbage) != deleteRows || !more || err != nil {
-			t.Errorf("the first step: %d rows of garbage before, %d after the sweep, %d now, more %v, %v", before, all, len(db.st.garbage), more, err)
+		ids, file := db.takeGarbage()
+		slices.Sort(ids)
+		rest, err := db.deleteGarbage(ids, file)
+		if before != 0 || len(ids)-len(rest) != deleteRows || len(rest) == 0 || err != nil {
+			t.Errorf("the first step: %d rows of garbage before, %d after the sweep, %d now, %v", before, len(ids), len(rest), err)
 		}
 		s := watch(t, sqliteOf(db).w)
 		defer s.unwatch()
 		s.failAt = deleteRows / 2
-		if more, err = db.deleteGarbage(); err == nil || !more {
-			t.Errorf("the second step: more %v, %v", more, err)
+		if none, err := db.deleteGarbage(rest, file); err == nil || len(none) > 0 || len(db.st.garbage) != len(rest) {
+			t.Errorf("the second step: %d rows of %d are garbage again, %v", len(db.st.garbage), len(rest), err)
 		}
 		return nil
 	})

@@ -63,8 +63,16 @@ func (db *DB) History(ctx context.Context, req HistoryRequest) (HistoryResult, e
 		return HistoryResult{}, &CompactedError{CompactRevision: v.compact}
 	}
 	// The View keeps the rows from being compacted away under us.
-	if err := db.log.history(ctx, db.marks.before(req.From), h); err != nil {
+	more := true
+	err := v.log.scan(ctx, db.marks.before(req.From), req.From, func(w *storedRow) bool {
+		more = h.take(w)
+		return more
+	})
+	if err != nil {
 		return HistoryResult{}, err
+	}
+	if more {
+		h.end()
 	}
 	return h.result(), nil
 }
@@ -185,6 +193,13 @@ func (r *eventRing) add(events []Event) {
 	}
 	r.first = r.events[drop-1].Rev + 1
 	r.events = append(make([]Event, 0, ringEvents), r.events[drop:]...)
+}
+
+// reset empties the ring: it will have the events from revision first on.
+func (r *eventRing) reset(first int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.events, r.bytes, r.first = nil, 0, first
 }
 
 // read answers a page from memory; false when its start is no longer there.

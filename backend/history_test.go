@@ -289,7 +289,7 @@ func TestAHugeRevisionIsNeverSplit(t *testing.T) {
 // below it lies nothing.
 func TestHistoryFromTheCompactRevision(t *testing.T) {
 	path := testPath(t)
-	db, err := OpenSQLite(t.Context(), path, Options{})
+	db, err := openStore(t.Context(), path, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -54,6 +54,13 @@ func (t *leaseTable) setDeadline(l *lease, deadline int64) {
 	heap.Fix(&t.due, l.at)
 }
 
+// replace makes the leases those of another table, which is not used any more.
+func (t *leaseTable) replace(o *leaseTable) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.byID, t.due = o.byID, o.due
+}
+
 // next returns the earliest deadline.
 func (t *leaseTable) next() (deadline int64, ok bool) {
 	t.mu.RLock()
@@ -62,6 +69,14 @@ func (t *leaseTable) next() (deadline int64, ok bool) {
 		return 0, false
 	}
 	return t.due[0].deadline, true
+}
+
+// tell wakes the loop that expires leases.
+func (t *leaseTable) tell() {
+	select {
+	case t.wake <- struct{}{}:
+	default:
+	}
 }
 
 type leaseHeap []*lease
@@ -111,10 +126,7 @@ func (c *leaseChanges) unlock() {
 	if c.locked {
 		c.locked = false
 		c.table.mu.Unlock()
-		select {
-		case c.table.wake <- struct{}{}:
-		default:
-		}
+		c.table.tell()
 	}
 }
 
@@ -309,7 +321,6 @@ const expiryRetry = 500 * time.Millisecond
 // expireLoop revokes leases when they are due, by an ordinary Command. It sleeps until the earliest
 // deadline; there is no tick.
 func (db *DB) expireLoop() {
-	defer db.background.Done()
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {

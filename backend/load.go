@@ -37,6 +37,7 @@ type loadBeside struct {
 	leases  []leaseChange
 	alarms  alarmSet
 	total   int64 // rows, about
+	replica replicaState
 }
 
 func newLoadPage(keyBytes int) *loadPage {
@@ -96,7 +97,7 @@ func (db *DB) load(ctx context.Context) error {
 func (db *DB) build(started <-chan loadBeside, pages <-chan *loadPage) error {
 	st := &db.st
 	beside := <-started
-	st.compact, st.others = beside.compact, beside.others
+	st.compact, st.others, st.replica = beside.compact, beside.others, beside.replica
 	for _, l := range beside.leases {
 		db.leases.insert(&lease{id: l.id, ttl: l.ttl, deadline: l.deadline, keys: make(map[string]struct{})})
 	}

@@ -51,3 +51,10 @@ func (m *rowMarks) dropBefore(rev int64) {
 		m.marks = append([]rowMark(nil), m.marks[i-1:]...)
 	}
 }
+
+// replace makes the marks those of another table, which is not used any more.
+func (m *rowMarks) replace(o *rowMarks) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.marks, m.since = o.marks, o.since
+}

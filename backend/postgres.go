@@ -471,11 +471,12 @@ func (p *pgLog) resolve(from pgPosition, token pgToken, sent time.Time) (found b
 // committed is a batch that another process has written.
 type committed struct {
 	pgPosition
-	at        int64 // µs
-	rows      []row
-	leases    []leaseChange
-	alarms    alarmSet // nil: unchanged
-	compacted int64    // 0: not moved
+	at       int64 // µs
+	rows     []row
+	leases   []leaseChange
+	alarms   alarmSet // nil: unchanged
+	compacts bool     // the compaction revision moved
+	compact  int64    // to there
 }
 
 // pgNewsBatches is how many batches are read at once.

@@ -93,24 +93,26 @@ func (p *pgLog) rows(ctx context.Context, ids []int64, each func(i int, f Frame)
 	return err
 }
 
-// How many rows of history are read at once: few at first, as they may be long, and more while they are short.
+// How many rows a scan reads at once: few at first, as they may be long, and more while they are short.
 const (
-	pgHistoryRows    = 64
-	pgHistoryRowsMax = 4096
-	pgHistoryBytes   = 1 << 20
+	pgScanRows    = 64
+	pgScanRowsMax = 4096
+	pgScanBytes   = 1 << 20
 )
 
-func (p *pgLog) history(ctx context.Context, start int64, h *historyPage) error {
-	for most := int64(pgHistoryRows); ; {
+func (p *pgLog) scan(ctx context.Context, start, from int64, each func(w *storedRow) (more bool)) error {
+	var w storedRow // one for all
+	for most := int64(pgScanRows); ; {
 		count, bytes, more := int64(0), 0, true
 		err := p.read(ctx, func(ctx context.Context, c *pgconn.PgConn) error {
 			count = 0 // start has moved
-			return pgQuery(ctx, c, p.sql.rowsFrom, new(pgArgs).int8(start).int8(most).int8(h.req.From), func(r pgRow) error {
+			return pgQuery(ctx, c, p.sql.rowsFrom, new(pgArgs).int8(start).int8(most).int8(from), func(r pgRow) error {
 				count++
 				start = r.int8(0) + 1
-				w := pgStoredRow(r)
+				w = pgStoredRow(r)
 				bytes += len(w.value)
-				more = more && h.take(&w)
+				w.id, w.sub = r.int8(0), r.int8(2)
+				more = more && each(&w)
 				return nil
 			})
 		})
@@ -119,13 +121,10 @@ func (p *pgLog) history(ctx context.Context, start int64, h *historyPage) error 
 			return &CompactedError{CompactRevision: compactedAt(err)}
 		case err != nil:
 			return err
-		case !more:
+		case !more, count < most:
 			return nil
-		case count < most:
-			h.end()
-			return nil
-		case bytes < pgHistoryBytes:
-			most = min(2*most, pgHistoryRowsMax)
+		case bytes < pgScanBytes:
+			most = min(2*most, pgScanRowsMax)
 		}
 	}
 }
@@ -224,7 +223,7 @@ func (n *pgNews) addCommit(r pgRow) error {
 		n.first, n.found = at, true
 		return nil
 	}
-	c := committed{pgPosition: at, at: r.int8(3), compacted: r.int8(9)}
+	c := committed{pgPosition: at, at: r.int8(3), compacts: !r.null(9), compact: r.int8(9)}
 	ids, ttls, deadlines := r.int8s(4), r.int8s(5), r.int8s(6)
 	for i := range ids {
 		c.leases = append(c.leases, leaseChange{id: ids[i], ttl: ttls[i], deadline: deadlines[i]})

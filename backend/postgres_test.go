@@ -220,6 +220,23 @@ func TestPostgresCompactionAndRestart(t *testing.T) {
 	}
 }
 
+// TestPostgresCompactionAtNothing: the first compaction may be at revision 0, and every process hears of it.
+func TestPostgresCompactionAtNothing(t *testing.T) {
+	o := pgTestOptions(t)
+	a, b := openPostgresTest(t, o, Options{}), openPostgresTest(t, o, Options{})
+	mustWrite(t, a, &pb.CompactionRequest{Revision: 0})
+	for _, db := range []*DB{a, b} {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		if err := db.WaitCompacted(ctx, 0); err != nil {
+			t.Error(err)
+		}
+		cancel()
+		if _, err := db.Write(t.Context(), Command{Request: &pb.CompactionRequest{Revision: 0}}); !errors.Is(err, ErrCompacted) {
+			t.Errorf("compacted at 0 once more: %v", err)
+		}
+	}
+}
+
 // seen waits until a process has a revision, without asking it to look.
 func seen(t *testing.T, db *DB, rev int64, limit time.Duration) {
 	t.Helper()

@@ -52,7 +52,7 @@ func openShared(ctx context.Context, p *pgLog, o Options) (*DB, error) {
 	}
 	// Alarms are those of the store, not of the process that raises them, which may go away.
 	o.MemberID = uint64(p.cluster)
-	return openDB(ctx, p, p, o)
+	return openDB(ctx, newDB(p, o, nil), p)
 }
 
 // startShared begins the work of one process among several. REQUIRES: the index is loaded.
@@ -132,8 +132,8 @@ func (db *DB) replay(c *committed) error {
 			}
 		}
 	}
-	if c.compacted != 0 {
-		db.st.compact, b.compacted = c.compacted, true
+	if c.compacts {
+		db.st.compact, b.compacted = c.compact, true
 	}
 	db.st.others++
 	db.shared.moveTo(c.pgPosition)
@@ -162,16 +162,21 @@ func (b *batch) replayRow(w *row) error {
 // Linearizable returns when a View holds everything that was committed, by whatever process, when it was called. It costs
 // nothing where only this process writes. Reads that wait at the same time share one question to the database.
 func (db *DB) Linearizable(ctx context.Context) error {
-	if db.shared == nil {
+	if db.shared == nil && db.replica == nil {
 		return nil
 	}
-	if err := db.shared.usable(); err != nil {
-		return err
+	if db.shared != nil {
+		if err := db.shared.usable(); err != nil {
+			return err
+		}
 	}
 	r := db.heads.join()
 	select {
 	case <-r.done:
-		return r.err
+		if r.err != nil || db.replica == nil {
+			return r.err
+		}
+		return db.replica.applied.wait(ctx, db.ctx, r.index)
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-db.ctx.Done():
@@ -193,10 +198,11 @@ func (db *DB) Ready(ctx context.Context, serializable bool) error {
 	return nil
 }
 
-// headRound is one question to the database, and everybody who waits for its answer.
+// headRound is one question to the database, or to the log, and everybody who waits for its answer.
 type headRound struct {
-	done chan struct{}
-	err  error
+	done  chan struct{}
+	index uint64 // of the log, in a replica: who asked waits until it is applied
+	err   error
 }
 
 // headRounds are asked one after the other. Who comes while one is under way waits for the next: the answer must not be
@@ -238,7 +244,11 @@ func (db *DB) headLoop() {
 			return
 		}
 		r := db.heads.take()
-		r.err = db.checkHead()
+		if db.replica != nil {
+			r.index, r.err = db.replica.readIndex(db.ctx)
+		} else {
+			r.err = db.checkHead()
+		}
 		close(r.done)
 	}
 }

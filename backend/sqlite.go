@@ -19,13 +19,19 @@ type sqliteLog struct {
 	insertRow, deleteRow, readOne      *stmt
 	putLease, deleteLease              *stmt
 	clearAlarms, putAlarm, putMetadata *stmt
+	putPosition                        *stmt
+
+	replicated bool            // it is a replica's
+	damaged    func(err error) // is told of errors of reading that show damage; nil: nobody is
+	wal        walState
+	copies     map[*copying]struct{} // of the file, which are being made
 
 	pages, freePages atomic.Int64
 	pageBytes        int64
 }
 
-func newSQLiteLog(file *sqliteFile) (*sqliteLog, error) {
-	l := &sqliteLog{file: file, w: file.writer}
+func newSQLiteLog(file *sqliteFile, replicated bool) (*sqliteLog, error) {
+	l := &sqliteLog{file: file, w: file.writer, replicated: replicated, copies: make(map[*copying]struct{})}
 	for _, s := range []struct {
 		to  **stmt
 		sql string
@@ -34,6 +40,7 @@ func newSQLiteLog(file *sqliteFile) (*sqliteLog, error) {
 		{&l.insertRow, sqliteInsertRow}, {&l.deleteRow, sqliteDeleteRow}, {&l.readOne, sqliteRow},
 		{&l.putLease, sqlitePutLease}, {&l.deleteLease, sqliteDeleteLease},
 		{&l.clearAlarms, sqliteClearAlarms}, {&l.putAlarm, sqlitePutAlarm}, {&l.putMetadata, sqlitePutMeta},
+		{&l.putPosition, sqlitePutPosition},
 	} {
 		var err error
 		if *s.to, err = l.w.prepare(s.sql); err != nil {
@@ -66,7 +73,7 @@ func (l *sqliteLog) transaction(f func() error) error {
 }
 
 // write makes a batch durable: its rows, leases, alarms and the compaction revision in one transaction,
-// synced by COMMIT.
+// synced by COMMIT. In a replica it is only written, together with the position in the log: see settle.
 func (l *sqliteLog) write(b *batch) error {
 	return l.transaction(func() error {
 		for i := range b.rows {
@@ -89,7 +96,11 @@ func (l *sqliteLog) write(b *batch) error {
 				return err
 			}
 		}
-		if b.others() {
+		if l.replicated {
+			if err := l.writePosition(b); err != nil {
+				return err
+			}
+		} else if b.others() {
 			// The applied index counts rows by their ids; what leaves no row is counted here.
 			if err := l.putMeta(metaOtherChanges, int64(b.st.others+1)); err != nil {
 				return err
@@ -106,7 +117,7 @@ func (l *sqliteLog) insert(b *batch, w *row) error {
 	if w.deleted {
 		deleted = 1
 	}
-	for i, v := range [...]int64{w.id, w.rev, w.sub, w.create, w.version, w.lease, deleted, b.at} {
+	for i, v := range [...]int64{w.id, w.rev, w.sub, w.create, w.version, w.lease, deleted, w.at} {
 		if err := s.bindInt64(i+1, v); err != nil {
 			return err
 		}
@@ -203,7 +214,7 @@ func (l *sqliteLog) size() (total, inUse int64) {
 
 func (l *sqliteLog) reading() int { return len(l.file.slots) }
 
-func (l *sqliteLog) close() error { return l.file.close() }
+func (l *sqliteLog) close() error { return errors.Join(l.dropCopies(), l.file.close()) }
 
 // measure reads the size of the database for Stats.
 func (l *sqliteLog) measure() error {
@@ -220,6 +231,9 @@ func (l *sqliteLog) measure() error {
 	return nil
 }
 
+// errCommittedAfterAll: what SQLite reported as failed is in the database.
+var errCommittedAfterAll = errors.New("a write that SQLite reported as failed is in the database")
+
 // resume makes sure, after a batch that failed, that the database ends where memory says. If a commit took
 // effect although SQLite reported that it did not, going on would number two rows alike.
 func (l *sqliteLog) resume(st *state) error {
@@ -233,7 +247,17 @@ func (l *sqliteLog) resume(st *state) error {
 		return err
 	}
 	if last >= st.nextID {
-		return fmt.Errorf("a write that SQLite reported as failed is in the database (row %d, expected at most %d): restart quire to read it", last, st.nextID-1)
+		return fmt.Errorf("%w (row %d, expected at most %d): restart quire to read it", errCommittedAfterAll, last, st.nextID-1)
+	}
+	if !l.replicated {
+		return nil
+	}
+	position, _, err := readPosition(l.w)
+	if err != nil {
+		return err
+	}
+	if position.index > st.replica.index {
+		return fmt.Errorf("%w (entry %d of the log, expected %d): restart quire to read it", errCommittedAfterAll, position.index, st.replica.index)
 	}
 	return nil
 }
@@ -258,7 +282,7 @@ func readFrame(s *stmt, id int64) (f Frame, err error) {
 	return w.frame(), nil
 }
 
-// sqliteStoredRow reads the columns of sqliteRow and sqliteHistoryRows; its bytes are valid until the next step.
+// sqliteStoredRow reads the columns of sqliteRow and sqliteRowsFrom; its bytes are valid until the next step.
 func sqliteStoredRow(s *stmt) storedRow {
 	return storedRow{
 		rev: s.columnInt64(0), create: s.columnInt64(1), version: s.columnInt64(2), lease: s.columnInt64(3),
@@ -308,12 +332,16 @@ func (l *sqliteLog) read(ctx context.Context, f func(c *conn) error) error {
 	if released := l.file.releaseReader(c, err == nil || ctx.Err() != nil); released != nil {
 		err = errors.Join(err, released)
 	}
-	return l.explain(err)
+	err = l.explain(err)
+	if l.damaged != nil && errors.Is(err, ErrDamaged) {
+		l.damaged(err)
+	}
+	return err
 }
 
-func (l *sqliteLog) history(ctx context.Context, start int64, h *historyPage) error {
+func (l *sqliteLog) scan(ctx context.Context, start, _ int64, each func(w *storedRow) (more bool)) error {
 	return l.read(ctx, func(c *conn) (err error) {
-		s, err := c.cached(sqliteHistoryRows)
+		s, err := c.cached(sqliteRowsFrom)
 		if err != nil {
 			return err
 		}
@@ -321,20 +349,18 @@ func (l *sqliteLog) history(ctx context.Context, start int64, h *historyPage) er
 			return err
 		}
 		defer func() { err = errors.Join(err, s.reset()) }()
+		var w storedRow // one for all
 		for n := 0; ; n++ {
 			if n%contextEvery == 0 && ctx.Err() != nil {
 				return ctx.Err()
 			}
 			found, err := s.step()
-			if err != nil {
+			if err != nil || !found {
 				return err
 			}
-			if !found {
-				h.end()
-				return nil
-			}
-			w := sqliteStoredRow(s)
-			if !h.take(&w) {
+			w = sqliteStoredRow(s)
+			w.id, w.sub = s.columnInt64(7), s.columnInt64(8)
+			if !each(&w) {
 				return nil
 			}
 		}
@@ -413,6 +439,14 @@ func (l *sqliteLog) loadBeside() (all loadBeside, err error) {
 	})
 	if err != nil {
 		return all, err
+	}
+	if l.replicated {
+		if all.replica, _, err = readPosition(l.w); err == nil {
+			err = readMembers(l.w, all.replica.members)
+		}
+		if err != nil {
+			return all, err
+		}
 	}
 	all.total, err = l.w.queryInt64(sqliteCountRows)
 	return all, err

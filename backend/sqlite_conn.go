@@ -253,27 +253,6 @@ func (c *conn) pageCount() (int64, error) { return c.queryInt64("PRAGMA page_cou
 // freelistCount is how many of the pages hold nothing.
 func (c *conn) freelistCount() (int64, error) { return c.queryInt64("PRAGMA freelist_count") }
 
-// checkpointMode says how hard walCheckpoint tries.
-type checkpointMode int32
-
-const (
-	checkpointPassive  checkpointMode = sqlite3.SQLITE_CHECKPOINT_PASSIVE  // what is possible without waiting for anybody
-	checkpointTruncate checkpointMode = sqlite3.SQLITE_CHECKPOINT_TRUNCATE // wait for readers, copy all, empty the WAL file
-)
-
-// walCheckpoint syncs the WAL, copies committed pages from it into the database file and syncs that. It returns the number
-// of frames in the WAL and how many of them are in the database file now. Fewer than all, or an error that is busy(), means
-// that a reader still needs an older state: nothing is lost, try again later. REQUIRES: no transaction on this conn.
-func (c *conn) walCheckpoint(mode checkpointMode) (logFrames, checkpointed int, err error) {
-	logAt, doneAt := c.scratch, c.scratch+4
-	rc := sqlite3.Xsqlite3_wal_checkpoint_v2(c.tls, c.db, 0, int32(mode), logAt, doneAt)
-	logFrames, checkpointed = int(*(*int32)(cPointer(logAt))), int(*(*int32)(cPointer(doneAt)))
-	if rc != sqlite3.SQLITE_OK {
-		return logFrames, checkpointed, c.failure("checkpoint", rc)
-	}
-	return logFrames, checkpointed, nil
-}
-
 // failure turns the result code of the call that has just failed into an error.
 func (c *conn) failure(op string, rc int32) *sqliteError {
 	e := &sqliteError{Code: int(rc & 0xff), Extended: int(rc), Op: op}

@@ -56,6 +56,12 @@ const writerPragmas = `
 	PRAGMA trusted_schema = OFF;
 	PRAGMA cell_size_check = ON;`
 
+// replicaPragmas come after writerPragmas where the cluster's log is what makes a write durable: a commit is only written,
+// and synced with the next checkpoint. When that is, the replica says (see sqliteLog.settle).
+const replicaPragmas = `
+	PRAGMA synchronous = NORMAL;
+	PRAGMA wal_autocheckpoint = 0;`
+
 // readerPragmas: a small cache, as each commit of the writer empties it.
 const readerPragmas = `
 	PRAGMA busy_timeout = 250;
@@ -70,7 +76,7 @@ const readerPragmas = `
 // sqliteFile is one open database file with its lock, its one writer and its few readers.
 //
 // Guarantees: no other quire has the file open; its schema is the one this binary knows; it is in WAL mode and a commit on
-// the writer is durable when it returns. Other programs may read the file at any time. The file is never opened, read or
+// the writer is durable when it returns (but see replicaPragmas). Other programs may read the file at any time. The file is never opened, read or
 // closed in this process by other means than SQLite: any close drops SQLite's POSIX locks on it.
 type sqliteFile struct {
 	path     string // absolute, symbolic links resolved
@@ -79,7 +85,8 @@ type sqliteFile struct {
 	pageSize int64 // bytes
 
 	slots chan struct{} // one token for each reader that is lent
-	done  chan struct{} // closed by close
+	done  chan struct{} // closed when it is being closed
+	gone  error         // why, for who wants to read then; set before
 	idle  struct {
 		sync.Mutex
 		readers []*conn
@@ -89,22 +96,41 @@ type sqliteFile struct {
 // openSQLiteFile opens the database at path or makes a new one, in a directory that is made if missing (mode 0700, and
 // durable when this returns). Errors say what to do and wrap, where it is the reason: ErrInUse, ErrNewerSchema, ErrDamaged,
 // ErrDiskFull, ErrStorage.
-func openSQLiteFile(ctx context.Context, path string) (_ *sqliteFile, err error) {
+func openSQLiteFile(ctx context.Context, path string) (*sqliteFile, error) {
+	path, lock, err := lockSQLiteFile(path)
+	if err != nil {
+		return nil, err
+	}
+	f, err := openLockedFile(ctx, path, lock, writerPragmas)
+	if err != nil {
+		return nil, errors.Join(err, lock.unlock())
+	}
+	return f, nil
+}
+
+// lockSQLiteFile locks the database at path, which need not be there yet, and returns the one name it has.
+func lockSQLiteFile(path string) (located string, lock *fileLock, err error) {
 	path, err = locateFile(path)
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
 	if err := refuseNetworkFileSystem(filepath.Dir(path)); err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	f := &sqliteFile{path: path, slots: make(chan struct{}, maxReaders), done: make(chan struct{})}
-	f.lock, err = lockFile(path + ".lock")
+	lock, err = lockFile(path + ".lock")
 	if err != nil {
-		return nil, explainFileError(filepath.Dir(path), err)
+		return "", nil, explainFileError(filepath.Dir(path), err)
 	}
+	return path, lock, nil
+}
+
+// openLockedFile opens the database at a path that lockSQLiteFile has returned. The lock goes with the file; it may be nil
+// where close is not called.
+func openLockedFile(ctx context.Context, path string, lock *fileLock, pragmas string) (_ *sqliteFile, err error) {
+	f := &sqliteFile{path: path, lock: lock, slots: make(chan struct{}, maxReaders), done: make(chan struct{}), gone: ErrClosed}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, f.closeWriter(), f.lock.unlock())
+			err = errors.Join(err, f.closeWriter())
 		}
 	}()
 
@@ -117,7 +143,7 @@ func openSQLiteFile(ctx context.Context, path string) (_ *sqliteFile, err error)
 	if err := migrateFile(ctx, path); err != nil {
 		return nil, explainOpenError(path, err)
 	}
-	if err := f.openWriter(); err != nil {
+	if err := f.openWriter(pragmas); err != nil {
 		return nil, explainOpenError(path, err)
 	}
 	// The names of the database, its WAL and its lock file.
@@ -143,7 +169,10 @@ func locateFile(path string) (string, error) {
 	path = filepath.Join(directory, filepath.Base(path))
 	info, err := os.Lstat(path)
 	if err == nil && info.Mode()&fs.ModeSymlink != 0 {
-		if path, err = filepath.EvalSymlinks(path); err == nil {
+		link := path
+		if path, err = filepath.EvalSymlinks(link); errors.Is(err, fs.ErrNotExist) {
+			return replacedFile(link)
+		} else if err == nil {
 			info, err = os.Lstat(path)
 		}
 	} else if errors.Is(err, fs.ErrNotExist) {
@@ -156,6 +185,30 @@ func locateFile(path string) (string, error) {
 		return "", fmt.Errorf("%s is not a regular file: name a file for the database", path)
 	}
 	return path, nil
+}
+
+// replacedFile is the path of the file that a link leads to and that is not there, because a crash came when Install replaced it.
+// If it is missing for another reason (a disk that is not mounted), the link is refused.
+func replacedFile(link string) (string, error) {
+	target, err := os.Readlink(link)
+	if err != nil {
+		return "", explainFileError(filepath.Dir(link), err)
+	}
+	if !filepath.IsAbs(target) {
+		target = filepath.Join(filepath.Dir(link), target)
+	}
+	directory, err := filepath.EvalSymlinks(filepath.Dir(target))
+	if err != nil {
+		return "", explainFileError(filepath.Dir(target), err)
+	}
+	target = filepath.Join(directory, filepath.Base(target))
+	if info, err := os.Lstat(target); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+		return replacedFile(target)
+	}
+	if _, err := os.Lstat(target + installingSuffix); err != nil {
+		return "", fmt.Errorf("%s is a link to %s, which is not there; name the file itself to have it made: %w", link, target, err)
+	}
+	return target, nil
 }
 
 // makeDirectory is os.MkdirAll that also makes the new names durable.
@@ -290,22 +343,19 @@ func migrateFile(ctx context.Context, path string) (err error) {
 	return err
 }
 
-func (f *sqliteFile) openWriter() (err error) {
+func (f *sqliteFile) openWriter(pragmas string) (err error) {
 	if f.writer, err = openConn(f.path, false); err != nil {
 		return err
 	}
-	if err := f.writer.exec(writerPragmas); err != nil {
+	if err := f.writer.exec(pragmas); err != nil {
 		return err
 	}
 	if f.pageSize, err = f.writer.queryInt64("PRAGMA page_size"); err != nil {
 		return err
 	}
-	// What the last process wrote into the WAL and did not come to sync is about to be served: a checkpoint syncs it first.
-	_, _, err = f.writer.walCheckpoint(checkpointPassive)
-	if e := asSQLiteError(err); e != nil && (e.busy() || e.full()) {
-		return nil // another program is at it, or there is no room for the copy: the WAL is synced
-	}
-	return err
+	// What the last process wrote into the WAL and did not come to sync is about to be served. A checkpoint would sync it
+	// too, but none that a reader of another program stands in the way of.
+	return f.writer.syncWAL()
 }
 
 // acquireReader lends a connection for reading; it must be given back with releaseReader. If all are lent it waits.
@@ -313,7 +363,7 @@ func (f *sqliteFile) openWriter() (err error) {
 func (f *sqliteFile) acquireReader(ctx context.Context) (*conn, error) {
 	select {
 	case <-f.done:
-		return nil, ErrClosed
+		return nil, f.gone
 	default:
 	}
 	select {
@@ -321,7 +371,7 @@ func (f *sqliteFile) acquireReader(ctx context.Context) (*conn, error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	case <-f.done:
-		return nil, ErrClosed
+		return nil, f.gone
 	}
 	f.idle.Lock()
 	if n := len(f.idle.readers); n > 0 {
@@ -365,6 +415,21 @@ func (f *sqliteFile) releaseReader(c *conn, keep bool) error {
 // rest is done, and nothing committed is lost: what stays in the WAL is read again with the next open.
 // REQUIRES: called by the goroutine that owns the writer, once.
 func (f *sqliteFile) close() error {
+	if f.writer == nil {
+		return f.lock.unlock() // it was abandoned
+	}
+	errs := []error{f.closeReaders()}
+	if _, _, err := f.writer.walCheckpoint(checkpointTruncate); err != nil {
+		if e := asSQLiteError(err); e == nil || !e.busy() { // busy: somebody reads the file with another program
+			errs = append(errs, explainSQLiteError(f.path, err))
+		}
+	}
+	errs = append(errs, f.closeWriter(), f.lock.unlock())
+	return errors.Join(errs...)
+}
+
+// closeReaders waits for lent readers and closes all. Nobody can read any more then.
+func (f *sqliteFile) closeReaders() error {
 	close(f.done)
 	for range maxReaders {
 		f.slots <- struct{}{}
@@ -374,13 +439,22 @@ func (f *sqliteFile) close() error {
 		errs = append(errs, c.close())
 	}
 	f.idle.readers = nil
-	if _, _, err := f.writer.walCheckpoint(checkpointTruncate); err != nil {
-		if e := asSQLiteError(err); e == nil || !e.busy() { // busy: somebody reads the file with another program
-			errs = append(errs, explainSQLiteError(f.path, err))
-		}
-	}
-	errs = append(errs, f.closeWriter(), f.lock.unlock())
 	return errors.Join(errs...)
+}
+
+// abandon closes everything but the lock, because the file is about to be replaced: who still wants to read it gets why.
+// REQUIRES: as close.
+func (f *sqliteFile) abandon(why error) error {
+	f.gone = why
+	err := errors.Join(f.closeReaders(), f.closeWriter())
+	f.writer = nil
+	return err
+}
+
+// merge closes a file that nobody reads from, with everything in the file itself: there is no WAL then. The lock stays.
+func (f *sqliteFile) merge() error {
+	_, _, err := f.writer.walCheckpoint(checkpointTruncate)
+	return errors.Join(explainSQLiteError(f.path, err), f.closeWriter())
 }
 
 func (f *sqliteFile) closeWriter() error {
@@ -409,6 +483,14 @@ func explainSQLiteError(path string, err error) error {
 	default:
 		return fmt.Errorf("%w: %s: look for disk errors in the system's log: %w", ErrStorage, path, err)
 	}
+}
+
+// explainDamage makes sure that an error of a damaged file is an ErrDamaged.
+func (f *sqliteFile) explainDamage(err error) error {
+	if e := asSQLiteError(err); e != nil && e.corrupt() && !errors.Is(err, ErrDamaged) {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return err
 }
 
 // explainOpenError is explainSQLiteError for failures while opening.

@@ -18,8 +18,8 @@ const (
 	// SQLite answers from the row's header.
 	sqliteLoadRows = `SELECT id, rev, create_rev, version, lease, deleted, length(value), committed_at, key
 		FROM revisions ORDER BY id`
-	// sqliteHistoryRows reads values too, row by row as the caller steps.
-	sqliteHistoryRows = `SELECT rev, create_rev, version, lease, deleted, key, value
+	// sqliteRowsFrom reads values too, row by row as the caller steps.
+	sqliteRowsFrom = `SELECT rev, create_rev, version, lease, deleted, key, value, id, sub
 		FROM revisions WHERE id >= ? ORDER BY id`
 	sqliteCheckRows = `SELECT id, rev, sub, create_rev, version, lease, deleted, committed_at, length(value), key,
 		typeof(key), typeof(value)
@@ -37,6 +37,14 @@ const (
 	sqlitePutMeta = `INSERT INTO meta (name, value) VALUES (?, ?)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`
 	sqliteMeta = `SELECT name, value FROM meta ORDER BY name`
+
+	sqlitePutPosition = `INSERT INTO raft (only, applied, term, clock, clock_term, cluster) VALUES (1, ?, ?, ?, ?, ?)
+		ON CONFLICT (only) DO UPDATE SET applied = excluded.applied, term = excluded.term, clock = excluded.clock,
+		clock_term = excluded.clock_term, cluster = excluded.cluster`
+	sqlitePosition     = `SELECT applied, term, clock, clock_term, cluster FROM raft ORDER BY only`
+	sqliteClearMembers = `DELETE FROM member`
+	sqlitePutMember    = `INSERT INTO member (id, removed, learner, name, peer_urls, client_urls) VALUES (?, ?, ?, ?, ?, ?)`
+	sqliteMembers      = `SELECT id, removed, learner, name, peer_urls, client_urls FROM member ORDER BY id`
 )
 
 // Names in the meta table.

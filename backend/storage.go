@@ -23,8 +23,9 @@ type storage interface {
 	row(ctx context.Context, id int64) (Frame, error)
 	// rows reads many rows for a reader, in the order of ids, and calls each with the place in ids.
 	rows(ctx context.Context, ids []int64, each func(i int, f Frame)) error
-	// history fills a page with rows from the id start on. REQUIRES: a View is held from before the page's compaction.
-	history(ctx context.Context, start int64, h *historyPage) error
+	// scan calls each with the rows from the id start on, in order, until it wants no more or there are none. Of revisions
+	// before from it may leave out what compaction is deleting. REQUIRES: a View is held that is not compacted after from.
+	scan(ctx context.Context, start, from int64, each func(w *storedRow) (more bool)) error
 	// deleteRows deletes rows that nothing refers to any more.
 	deleteRows(ids []int64) error
 	// vacuum gives up to n free pages back; done says that few enough are left.
@@ -42,6 +43,7 @@ type storedRow struct {
 	rev, create, version, lease int64
 	deleted                     bool
 	key, value                  []byte
+	id, sub                     int64 // from scan only
 }
 
 func (w *storedRow) frame() Frame {

@@ -242,6 +242,9 @@ func (x *txn) execute(req *pb.TxnRequest, p *path) (*pb.TxnResponse, error) {
 		resp.Responses[i] = out
 		switch o := op.Request.(type) {
 		case *pb.RequestOp_RequestRange:
+			if x.batch != nil && x.batch.unheard {
+				continue
+			}
 			res, err := x.rangeKeys(x.ctx, o.RequestRange, true)
 			if err != nil {
 				return nil, err
@@ -288,7 +291,8 @@ func (b *batch) checkPut(req *pb.PutRequest) error {
 func (b *batch) applyPut(req *pb.PutRequest) (*pb.PutResponse, error) {
 	resp := &pb.PutResponse{Header: &pb.ResponseHeader{}}
 	value, lease := req.Value, req.Lease
-	if req.PrevKv || req.IgnoreValue || req.IgnoreLease {
+	prevKV := req.PrevKv && !b.unheard
+	if prevKV || req.IgnoreValue || req.IgnoreLease {
 		if slot, live, _ := b.st.keys.get(req.Key); live {
 			n, r := b.index.at(slot, b.reader.rev)
 			f, err := b.frame(b.ctx, n, r)
@@ -301,7 +305,7 @@ func (b *batch) applyPut(req *pb.PutRequest) (*pb.PutResponse, error) {
 			if req.IgnoreLease {
 				lease = r.lease
 			}
-			if req.PrevKv {
+			if prevKV {
 				resp.PrevKv = f.KeyValue()
 			}
 		} else if req.IgnoreValue || req.IgnoreLease {
@@ -316,7 +320,7 @@ func (b *batch) applyPut(req *pb.PutRequest) (*pb.PutResponse, error) {
 func (b *batch) applyDeleteRange(req *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
 	resp := &pb.DeleteRangeResponse{Header: &pb.ResponseHeader{}}
 	k := newKeyRange(req.Key, req.RangeEnd)
-	if req.PrevKv {
+	if req.PrevKv && !b.unheard {
 		var err error
 		b.visit(k, b.reader.rev, false, func(_ []byte, n uint32, r *record) bool {
 			var f Frame

@@ -20,6 +20,7 @@ import (
 // may be standing on it, when every View of its time has been released (retired).
 type View struct {
 	reader
+	log  storage // where its rows are
 	refs atomic.Int64
 	// retired is what became unreachable with the batch that replaced this View.
 	retired      []uint32
@@ -74,8 +75,7 @@ func (v *View) Txn(ctx context.Context, req *pb.TxnRequest) (*pb.TxnResponse, er
 // publish makes the state of the committer visible to readers. REQUIRES: the commit token is held.
 func (db *DB) publish() {
 	old := db.current.Load()
-	next := &View{reader: db.readerAt(db.st.keys.tree())}
-	db.current.Store(next)
+	db.current.Store(db.newView())
 	if old == nil {
 		return
 	}
@@ -93,9 +93,11 @@ func (db *DB) publish() {
 	db.reclaim()
 }
 
-// readerAt is a reader of committed state over a tree; its rows come from the reading connections.
-func (db *DB) readerAt(t *tree) reader {
-	return reader{index: db.index, keys: t, rev: db.st.rev, compact: db.st.compact, row: db.log.row, rows: db.log.rows, ring: &db.ring}
+// newView is a View of the committed state; its rows come from the reading connections. REQUIRES: the commit token is held.
+func (db *DB) newView() *View {
+	return &View{log: db.log, reader: reader{
+		index: db.index, keys: db.st.keys.tree(), rev: db.st.rev, compact: db.st.compact, row: db.log.row, rows: db.log.rows, ring: &db.ring,
+	}}
 }
 
 // reclaim frees what was retired with Views that nobody holds any more, oldest first.

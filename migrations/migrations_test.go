@@ -132,8 +132,9 @@ func TestUpBringsAnEmptyDatabaseToTheLatestVersionAndMayBeRepeated(t *testing.T)
 		}
 	}
 	expect(t, db, `SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite%' ORDER BY type, name`, [][]string{
-		{"table", "alarm"}, {"table", "lease"}, {"table", "meta"}, {"table", "revisions"}, {"table", "schema_version"},
-		{"view", "history"}, {"view", "kv"}, {"view", "leases"},
+		{"table", "alarm"}, {"table", "lease"}, {"table", "member"}, {"table", "meta"}, {"table", "raft"},
+		{"table", "revisions"}, {"table", "schema_version"},
+		{"view", "history"}, {"view", "kv"}, {"view", "leases"}, {"view", "members"},
 	})
 }
 
@@ -147,6 +148,9 @@ func TestColumnNamesAreAPublicAPI(t *testing.T) {
 		"kv":        "key revision create_revision version lease size modified_at author value",
 		"history":   "revision sub op key create_revision version lease size at author value",
 		"leases":    "id granted_ttl deadline remaining keys",
+		"raft":      "only applied term clock clock_term cluster",
+		"member":    "id removed learner name peer_urls client_urls",
+		"members":   "id name learner peer_urls client_urls",
 	} {
 		var got []string
 		for _, line := range table(t, db, "SELECT name FROM pragma_table_info('"+name+"') ORDER BY cid") {
@@ -175,7 +179,7 @@ func TestANewerSchemaIsRefusedAndLeftAlone(t *testing.T) {
 	if refused.Database != newer || refused.Latest != Latest(SQLite) {
 		t.Errorf("error carries %+v", refused)
 	}
-	for _, want := range []string{"version 4", "up to 1", "start the newer quire or restore a backup"} {
+	for _, want := range []string{"version 5", "up to 2", "start the newer quire or restore a backup"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q does not say %q", err, want)
 		}
