@@ -25,7 +25,7 @@ func TestServicesOverTheRealBackend(t *testing.T) {
 		Backend:  db,
 		View:     func() View { return db.View() },
 		Watcher:  failingWatcher{errors.New("not under test")},
-		Identity: Identity{ClusterID: testCluster, MemberID: testMember, RaftTerm: func() uint64 { return testTerm }},
+		Identity: Identity{ClusterID: testCluster, MemberID: testMember},
 	})
 	conn := dial(t, s)
 	kv, lease, maintenance := pb.NewKVClient(conn), pb.NewLeaseClient(conn), pb.NewMaintenanceClient(conn)

@@ -12,7 +12,7 @@ import (
 	"github.com/quire-db/quire/backend"
 )
 
-// statusOf is the one table from what the backend says to what etcd's clients understand. The first entry that
+// statusOf is the one table from what backend and cluster say to what etcd's clients understand. The first entry that
 // errors.Is matches decides, so an error that wraps two is answered by the more specific one, which stands first.
 var statusOf = []struct {
 	err    error
@@ -32,6 +32,8 @@ var statusOf = []struct {
 	{backend.ErrCorrupt, rpctypes.ErrGRPCCorrupt},
 	{backend.ErrDamaged, rpctypes.ErrGRPCCorrupt},
 	{backend.ErrClosed, rpctypes.ErrGRPCStopped},
+	// etcd maps this one of the cluster's errors to its client's form of it, which grpc knows no code for.
+	{rpctypes.ErrGRPCMemberNotEnoughStarted, status.Error(codes.Unknown, rpctypes.ErrorDesc(rpctypes.ErrGRPCMemberNotEnoughStarted))},
 }
 
 // toStatus turns err into what a gRPC handler returns. Errors that already are a status, and those of the
@@ -54,8 +56,10 @@ func toStatus(err error) error {
 	if errors.Is(err, backend.ErrUnavailable) || errors.Is(err, backend.ErrHistoryLost) || errors.Is(err, backend.ErrNewerSchema) {
 		return status.Error(codes.Unavailable, fmt.Sprintf("etcdserver: nothing was changed: %v", err))
 	}
-	if _, ok := status.FromError(err); ok {
-		return err
+	// Clients know etcd's errors by their texts: whatever wraps a status is taken off.
+	var st interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &st) {
+		return st.GRPCStatus().Err()
 	}
 	return status.Error(codes.Unknown, err.Error())
 }

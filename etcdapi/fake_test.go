@@ -288,7 +288,7 @@ func (p parts) WireBuffers() [][]byte { return p }
 const (
 	testCluster = 0xc0ffee0000000001
 	testMember  = 0xdead00000000beef
-	testTerm    = 5
+	testTerm    = OneMemberTerm
 )
 
 func newTestServer(t *testing.T, f *fakeStore, change func(*Options)) *Server {
@@ -298,7 +298,7 @@ func newTestServer(t *testing.T, f *fakeStore, change func(*Options)) *Server {
 		View:    f.View,
 		Watcher: &fakeWatcher{answer: func(*pb.WatchRequest) any { return &pb.WatchResponse{Created: true} }},
 		Identity: Identity{
-			ClusterID: testCluster, MemberID: testMember, RaftTerm: func() uint64 { return testTerm },
+			ClusterID: testCluster, MemberID: testMember,
 			Name: "one", PeerURLs: []string{"http://localhost:2380"}, ClientURLs: []string{"http://localhost:2379"},
 		},
 	}
@@ -307,6 +307,7 @@ func newTestServer(t *testing.T, f *fakeStore, change func(*Options)) *Server {
 	}
 	s := New(o)
 	t.Cleanup(func() {
+		s.Close()
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		if f.views != 0 {

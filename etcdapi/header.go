@@ -16,25 +16,9 @@ func (s *Server) header(h *pb.ResponseHeader) *pb.ResponseHeader {
 // pins its own.
 func (s *Server) headerWithoutRevision(h *pb.ResponseHeader) *pb.ResponseHeader {
 	if h == nil {
-		return s.opts.Identity.Header()
+		h = &pb.ResponseHeader{}
 	}
-	s.opts.Identity.fill(h)
+	raft := s.cluster.Status()
+	h.ClusterId, h.MemberId, h.RaftTerm = raft.ClusterID, raft.ID, raft.Term
 	return h
 }
-
-// Header is a new header of this member, without a revision.
-func (id Identity) Header() *pb.ResponseHeader {
-	h := &pb.ResponseHeader{}
-	id.fill(h)
-	return h
-}
-
-func (id *Identity) fill(h *pb.ResponseHeader) {
-	h.ClusterId, h.MemberId, h.RaftTerm = id.ClusterID, id.MemberID, defaultRaftTerm
-	if id.RaftTerm != nil {
-		h.RaftTerm = id.RaftTerm()
-	}
-}
-
-// defaultRaftTerm is the term of a one-member etcd after its first start.
-const defaultRaftTerm = 2

@@ -3,6 +3,7 @@ package etcdapi
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -20,6 +21,9 @@ type versions struct {
 	Storage string `json:"storage"`
 }
 
+// Versions is what /version answers, on the peer port too.
+func Versions(etcd string) []byte { return []byte(encodeJSON(versionsOf(etcd))) }
+
 // versionsOf derives cluster and storage version from the server's: major and minor count (etcd: 3.7.3 → 3.7.0).
 func versionsOf(etcd string) versions {
 	parts := strings.SplitN(etcd, ".", 3)
@@ -33,8 +37,10 @@ func versionsOf(etcd string) versions {
 // clusterMinor is the cluster version as etcd's metric shows it: "3.7".
 func (v versions) clusterMinor() string { return strings.TrimSuffix(v.Cluster, ".0") }
 
-// healthTimeout bounds the read of /health; etcd's request timeout with default timers.
-const healthTimeout = 7 * time.Second
+// requestTimeout is etcd's: for a request itself, and for two elections meanwhile.
+func (s *Server) requestTimeout() time.Duration {
+	return 5*time.Second + 2*s.opts.ElectionTimeout
+}
 
 // HTTPHandler serves etcd's HTTP endpoints: /health, /livez, /readyz (each check also under its own path), /version
 // and /metrics. Other paths are 404.
@@ -50,7 +56,7 @@ func (s *Server) HTTPHandler() http.Handler {
 		check{"data_corruption", s.corruptionCheck},
 		check{"serializable_read", s.readCheck(true)},
 		check{"linearizable_read", s.readCheck(false)},
-		check{"non_learner", func(context.Context) error { return nil }}, // a single member is never a learner
+		check{"non_learner", s.learnerCheck},
 	)
 	return mux
 }
@@ -116,10 +122,10 @@ func (s *Server) unhealthy(r *http.Request) (reason string) {
 		return "ALARM UNKNOWN"
 	}
 	serializable := r.URL.Query().Get("serializable") == "true"
-	if !serializable && !s.opts.Leader() {
+	if !serializable && s.cluster.Status().Leader == 0 {
 		return "RAFT NO LEADER"
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), healthTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), s.requestTimeout())
 	defer cancel()
 	if err := s.readCheck(serializable)(ctx); err != nil {
 		return "RANGE ERROR:" + err.Error()
@@ -153,7 +159,7 @@ func (s *Server) readCheck(serializable bool) func(context.Context) error {
 				return err
 			}
 		}
-		if err := s.opts.Backend.Ready(ctx, serializable); err != nil {
+		if err := s.ready(ctx, serializable); err != nil {
 			return err
 		}
 		view := s.opts.View()
@@ -161,6 +167,13 @@ func (s *Server) readCheck(serializable bool) func(context.Context) error {
 		_, err := view.Range(ctx, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}, Limit: 1, KeysOnly: true, Serializable: serializable})
 		return err
 	}
+}
+
+func (s *Server) learnerCheck(context.Context) error {
+	if s.cluster.Status().Learner {
+		return errors.New("not supported for learner")
+	}
+	return nil
 }
 
 func (s *Server) corruptionCheck(context.Context) error {

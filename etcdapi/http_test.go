@@ -105,7 +105,9 @@ func TestHTTPEndpointsAnswerAsEtcd(t *testing.T) {
 		f := newFakeStore()
 		f.alarms, f.err, f.readErr = c.alarms, c.err, c.readErr
 		s := newTestServer(t, f, func(o *Options) {
-			o.Leader = func() bool { return !c.noLeader }
+			if c.noLeader {
+				o.Cluster = &fakeCluster{status: ClusterStatus{ID: testMember}}
+			}
 			o.View = func() View { return &failingView{f.View().(*fakeView)} }
 		})
 		code, body, _ := get(t, s, c.path)

@@ -15,37 +15,57 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// admit checks a call's metadata as etcd does: the client's API version is counted (and must be text), and a call
-// that requires a leader is refused while there is none.
-func (s *Server) admit(ctx context.Context, count func(clientCounters)) error {
+// admit counts a call by the API version of its client, which must be text, and tells whether it requires a leader
+// (etcd's hasleader metadata).
+func (s *Server) admit(ctx context.Context, count func(clientCounters)) (needsLeader bool, err error) {
 	md, ok := metadata.FromIncomingContext(ctx)
 	if !ok {
-		return nil
+		return false, nil
 	}
 	client := "unknown"
 	if vs := md.Get(rpctypes.MetadataClientAPIVersionKey); len(vs) > 0 {
 		client = vs[0]
 	}
 	if !utf8.ValidString(client) {
-		return rpctypes.ErrGRPCInvalidClientAPIVersion
+		return false, rpctypes.ErrGRPCInvalidClientAPIVersion
 	}
 	count(s.metrics.client(client))
-	if vs := md.Get(rpctypes.MetadataRequireLeaderKey); len(vs) > 0 && vs[0] == rpctypes.MetadataHasLeader && !s.opts.Leader() {
-		return rpctypes.ErrGRPCNoLeader
-	}
-	return nil
+	vs := md.Get(rpctypes.MetadataRequireLeaderKey)
+	return len(vs) > 0 && vs[0] == rpctypes.MetadataHasLeader, nil
 }
 
+// admitUnary refuses what a learner does not serve, and what requires a leader while there is none.
 func (s *Server) admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if err := s.admit(ctx, func(c clientCounters) { c.unary.Inc() }); err != nil {
+	raft := s.cluster.Status()
+	if raft.Learner && !learnerServes(req) {
+		return nil, rpctypes.ErrGRPCNotSupportedForLearner
+	}
+	needsLeader, err := s.admit(ctx, func(c clientCounters) { c.unary.Inc() })
+	if err != nil {
 		return nil, err
+	}
+	if needsLeader && raft.Leader == 0 {
+		return nil, rpctypes.ErrGRPCNoLeader
 	}
 	return handler(ctx, req)
 }
 
-func (s *Server) admitStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if err := s.admit(stream.Context(), func(c clientCounters) { c.stream.Inc() }); err != nil {
+// admitStream is the same for streams, of which a learner serves Snapshot alone.
+func (s *Server) admitStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if s.cluster.Status().Learner && info.FullMethod != pb.Maintenance_Snapshot_FullMethodName {
+		return rpctypes.ErrGRPCNotSupportedForLearner
+	}
+	needsLeader, err := s.admit(stream.Context(), func(c clientCounters) { c.stream.Inc() })
+	if err != nil {
 		return err
+	}
+	if needsLeader {
+		led, end, err := s.whileLed(stream)
+		if err != nil {
+			return err
+		}
+		defer end()
+		stream = led
 	}
 	return handler(srv, stream)
 }

@@ -113,6 +113,9 @@ func (k *kvServer) rangeStream(req *pb.RangeRequest, stream grpc.ServerStream) e
 	var sent, headerRevision int64
 	for {
 		res, err := k.read(ctx, req, chunk)
+		if err != nil && ctx.Err() != nil {
+			return streamEnd(ctx)
+		}
 		if err != nil {
 			return toStatus(err)
 		}
@@ -164,7 +167,7 @@ func (k *kvServer) streamCount(ctx context.Context, req *pb.RangeRequest, sent i
 // read answers req from the newest View, by its method how.
 func (k *kvServer) read(ctx context.Context, req *pb.RangeRequest, how func(View, context.Context, *pb.RangeRequest) (*backend.RangeResult, error)) (*backend.RangeResult, error) {
 	start := time.Now()
-	if err := k.s.opts.Backend.Ready(ctx, req.Serializable); err != nil {
+	if err := k.s.ready(ctx, req.Serializable); err != nil {
 		return nil, err
 	}
 	view := k.s.opts.View()
@@ -235,7 +238,7 @@ func (k *kvServer) Txn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnRespon
 
 func (k *kvServer) readTxn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnResponse, err error) {
 	defer k.s.metrics.request("ReadonlyTxn", time.Now(), &err)
-	if err := k.s.opts.Backend.Ready(ctx, serializable(req)); err != nil {
+	if err := k.s.ready(ctx, serializable(req)); err != nil {
 		return nil, toStatus(err)
 	}
 	view := k.s.opts.View()

@@ -38,7 +38,7 @@ func (l *leaseServer) LeaseRevoke(ctx context.Context, req *pb.LeaseRevokeReques
 
 // LeaseTimeToLive answers TTL -1 for a lease that does not exist or has expired (rpc.proto).
 func (l *leaseServer) LeaseTimeToLive(ctx context.Context, req *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
-	if err := l.s.opts.Backend.Ready(ctx, false); err != nil {
+	if err := l.s.ready(ctx, false); err != nil {
 		return nil, toStatus(err)
 	}
 	resp := &pb.LeaseTimeToLiveResponse{Header: l.s.header(nil), ID: req.ID, TTL: -1}
@@ -52,7 +52,7 @@ func (l *leaseServer) LeaseTimeToLive(ctx context.Context, req *pb.LeaseTimeToLi
 }
 
 func (l *leaseServer) LeaseLeases(ctx context.Context, _ *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
-	if err := l.s.opts.Backend.Ready(ctx, false); err != nil {
+	if err := l.s.ready(ctx, false); err != nil {
 		return nil, toStatus(err)
 	}
 	ids := l.s.opts.Backend.Leases()

@@ -5,36 +5,36 @@ import (
 	"fmt"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
-// maintenanceServer has Status and Alarm; the other methods answer Unimplemented.
+// maintenanceServer has Status, MoveLeader, Alarm, HashKV and Hash; the other methods answer Unimplemented.
 type maintenanceServer struct {
 	s *Server
 	pb.UnimplementedMaintenanceServer
 }
 
-// Status describes this member. The applied index stands for etcd's Raft indexes: a command that is applied here is
-// committed, and none is committed that is not applied.
+// Status describes this member.
 func (m *maintenanceServer) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
-	header := m.s.header(nil)
 	stats := m.s.opts.Backend.Stats()
+	raft := m.s.status(&stats)
 	resp := &pb.StatusResponse{
-		Header:           header,
+		Header:           m.s.header(nil),
 		Version:          m.s.version.Server,
 		DbSize:           stats.DBSize,
 		DbSizeInUse:      stats.DBSizeInUse,
 		DbSizeQuota:      stats.Quota,
-		RaftIndex:        stats.AppliedIndex,
-		RaftAppliedIndex: stats.AppliedIndex,
-		RaftTerm:         header.RaftTerm,
+		Leader:           raft.Leader,
+		RaftIndex:        raft.Committed,
+		RaftAppliedIndex: raft.Applied,
+		RaftTerm:         raft.Term,
+		IsLearner:        raft.Learner,
 		StorageVersion:   m.s.version.Storage,
 		DowngradeInfo:    &pb.DowngradeInfo{},
 	}
-	if m.s.opts.Leader() {
-		resp.Leader = header.MemberId
-	} else {
+	if raft.Leader == 0 {
 		resp.Errors = append(resp.Errors, "etcdserver: no leader")
 	}
 	for _, a := range m.s.opts.Backend.Alarms() {
@@ -43,12 +43,23 @@ func (m *maintenanceServer) Status(context.Context, *pb.StatusRequest) (*pb.Stat
 	return resp, nil
 }
 
+// MoveLeader answers once the other member leads; only the leader can do it, as in etcd.
+func (m *maintenanceServer) MoveLeader(ctx context.Context, req *pb.MoveLeaderRequest) (*pb.MoveLeaderResponse, error) {
+	if raft := m.s.cluster.Status(); raft.Leader != raft.ID {
+		return nil, rpctypes.ErrGRPCNotLeader
+	}
+	if err := m.s.cluster.MoveLeader(ctx, req.TargetID); err != nil {
+		return nil, toStatus(err)
+	}
+	return &pb.MoveLeaderResponse{}, nil
+}
+
 // Alarm lists (GET: those of the kind asked for, NONE: all), raises or clears alarms.
 func (m *maintenanceServer) Alarm(ctx context.Context, req *pb.AlarmRequest) (*pb.AlarmResponse, error) {
 	switch req.Action {
 	case pb.AlarmRequest_GET:
 		// etcd asks its leader.
-		if err := m.s.opts.Backend.Ready(ctx, false); err != nil {
+		if err := m.s.ready(ctx, false); err != nil {
 			return nil, toStatus(err)
 		}
 		resp := &pb.AlarmResponse{Header: m.s.header(nil)}
@@ -67,4 +78,34 @@ func (m *maintenanceServer) Alarm(ctx context.Context, req *pb.AlarmRequest) (*p
 		return resp, nil
 	}
 	return nil, status.Error(codes.InvalidArgument, fmt.Sprintf("etcdserver: unknown alarm action %d; use GET, ACTIVATE or DEACTIVATE", req.Action))
+}
+
+// HashKV answers with etcd's hash of the history up to a revision; it is that of this member, whatever the others have.
+func (m *maintenanceServer) HashKV(ctx context.Context, req *pb.HashKVRequest) (*pb.HashKVResponse, error) {
+	if err := m.s.ready(ctx, true); err != nil {
+		return nil, toStatus(err)
+	}
+	h, err := m.s.opts.Backend.HashKV(ctx, req.Revision)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return &pb.HashKVResponse{
+		Header:          m.s.header(&pb.ResponseHeader{Revision: h.Head}),
+		Hash:            h.Hash,
+		CompactRevision: h.CompactRevision,
+		HashRevision:    h.Revision,
+	}, nil
+}
+
+// Hash answers with a hash of all that this member holds. It can be compared with that of another quire, not with that of
+// an etcd, which hashes its file.
+func (m *maintenanceServer) Hash(ctx context.Context, _ *pb.HashRequest) (*pb.HashResponse, error) {
+	if err := m.s.ready(ctx, true); err != nil {
+		return nil, toStatus(err)
+	}
+	hash, rev, err := m.s.opts.Backend.Hash(ctx)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return &pb.HashResponse{Header: m.s.header(&pb.ResponseHeader{Revision: rev}), Hash: hash}, nil
 }

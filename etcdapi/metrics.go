@@ -13,6 +13,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/status"
 
 	"github.com/quire-db/quire/backend"
 )
@@ -33,6 +35,10 @@ type Metrics struct {
 	slowApplies              prometheus.Counter
 	pending                  prometheus.Gauge
 	failed                   prometheus.Counter
+	leaderChanges            prometheus.Counter
+	promotions               prometheus.Counter
+	promoteFailures          *prometheus.CounterVec
+	peers                    peerMetrics
 	serverVersion            *prometheus.GaugeVec
 	clusterVersion           *prometheus.GaugeVec
 	serverID                 *prometheus.GaugeVec
@@ -116,16 +122,17 @@ func NewMetrics(o MetricsOptions) *Metrics {
 	ranges := r.histogramVec("etcd_server_range_duration_seconds", "The latency distributions of ranges.", tenthMs, "success")
 	m.rangeOK, m.rangeFailed = ranges.WithLabelValues("true"), ranges.WithLabelValues("false")
 	m.slowApplies = r.counter("etcd_server_slow_apply_total", "The total number of slow apply requests (over 100 ms).")
-	r.counter("etcd_server_slow_read_indexes_total", "The total number of slow read indexes; 0, a single member needs none.")
-	r.counter("etcd_server_read_indexes_failed_total", "The total number of failed read indexes; 0, a single member needs none.")
-	r.counter("etcd_server_heartbeat_send_failures_total", "The total number of leader heartbeat send failures; 0 without peers.")
 	m.pending = r.gauge("etcd_server_proposals_pending", "The current number of writes waiting to become durable.")
-	m.failed = r.counter("etcd_server_proposals_failed_total", "The total number of writes that the storage failed.")
-	r.counter("etcd_server_leader_changes_seen_total", "The number of leader changes seen.").Inc() // the one at the start, as in etcd
+	m.failed = r.counter("etcd_server_proposals_failed_total", "The total number of writes that the storage or the cluster failed.")
+	m.leaderChanges = r.counter("etcd_server_leader_changes_seen_total", "The number of leader changes seen.")
+	m.promotions = r.counter("etcd_server_learner_promote_successes", "The total number of successful learner promotions while this member is leader.")
+	m.promoteFailures = r.counterVec("etcd_server_learner_promote_failures", "The total number of failed learner promotions (likely learner not ready) while this member is leader.", "Reason")
 	m.serverVersion = r.gaugeVec("etcd_server_version", "Which version is running. 1 for 'server_version' label with current version.", "server_version")
 	m.clusterVersion = r.gaugeVec("etcd_cluster_version", "Which version is running. 1 for 'cluster_version' label with current cluster version.", "cluster_version")
 	m.serverID = r.gaugeVec("etcd_server_id", "Member id in hexadecimal. 1 for 'server_id' label with current id.", "server_id")
 	r.gaugeVec("etcd_server_go_version", "Which Go version the server was built with.", "server_go_version").WithLabelValues(runtime.Version()).Set(1)
+
+	m.peers = newPeerMetrics(r)
 
 	m.ranges = r.counter("etcd_mvcc_range_total", "Total number of ranges seen by this member.")
 	m.puts = r.counter("etcd_mvcc_put_total", "Total number of puts seen by this member.")
@@ -181,14 +188,8 @@ func (m *Metrics) attach(s *Server) {
 
 // BatchCommitted is for backend.Hooks.
 func (m *Metrics) BatchCommitted(commands, rows int, apply, sync, total time.Duration) {
-	m.batchCommands.Observe(float64(commands))
-	m.batchRows.Observe(float64(rows))
-	m.applyDuration.Observe(apply.Seconds())
+	m.EntryApplied(commands, rows, apply, sync, total)
 	m.syncDuration.Observe(sync.Seconds())
-	m.commitDuration.Observe(total.Seconds())
-	if apply > slowApplyAfter {
-		m.slowApplies.Inc()
-	}
 }
 
 // CompactionDone is for backend.Hooks.
@@ -279,9 +280,13 @@ func (m *Metrics) request(kind string, start time.Time, err *error) {
 	}
 }
 
-// writeFailed counts a write that failed for no fault of the request.
+// writeFailed counts a write that failed for no fault of the request: the storage's, or the cluster's.
 func (m *Metrics) writeFailed(err error) {
-	for _, e := range [...]error{backend.ErrStorage, backend.ErrDiskFull, backend.ErrClosed, context.Canceled, context.DeadlineExceeded} {
+	for _, e := range [...]error{
+		backend.ErrStorage, backend.ErrDiskFull, backend.ErrClosed, context.Canceled, context.DeadlineExceeded,
+		rpctypes.ErrGRPCTimeout, rpctypes.ErrGRPCTimeoutDueToLeaderFail, rpctypes.ErrGRPCTimeoutDueToConnectionLost,
+		rpctypes.ErrGRPCNoLeader, rpctypes.ErrGRPCLeaderChanged, rpctypes.ErrGRPCStopped,
+	} {
 		if errors.Is(err, e) {
 			m.failed.Inc()
 			return
@@ -295,6 +300,15 @@ func (m *Metrics) streamFailed(ctx context.Context, api string) {
 	if ctx.Err() == nil {
 		m.streamFailures.WithLabelValues("receive", api).Inc()
 	}
+}
+
+// promoted counts an attempt to make a voter of a learner.
+func (m *Metrics) promoted(err error) {
+	if err == nil {
+		m.promotions.Inc()
+		return
+	}
+	m.promoteFailures.WithLabelValues(status.Convert(err).Message()).Inc()
 }
 
 func (m *Metrics) leaseGranted(ttl int64) {

@@ -19,9 +19,11 @@ import (
 	"context"
 	"errors"
 	"math"
+	"sync"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -64,11 +66,18 @@ type State interface {
 	WaitCompacted(ctx context.Context, rev int64) error
 }
 
+// Hasher makes hashes of what this process holds. The calls read the whole store.
+type Hasher interface {
+	HashKV(ctx context.Context, rev int64) (backend.KVHash, error)
+	Hash(ctx context.Context) (hash uint32, rev int64, err error)
+}
+
 // Backend is the store behind the services. *backend.DB is one.
 type Backend interface {
 	Writer
 	Leases
 	State
+	Hasher
 }
 
 // Watcher serves one watch stream. recv returns the client's next request, io.EOF when the client will send no
@@ -84,15 +93,11 @@ var (
 	_ View    = (*backend.View)(nil)
 )
 
-// Identity is who answers. It stands in every header and in MemberList.
+// Identity is who answers; all but MemberID is for an only member.
 type Identity struct {
-	ClusterID, MemberID uint64
-	// RaftTerm is in every header. Invariant: 1 <= term <= 127: clients compare headers byte for byte, and etcd's
-	// fresh cluster has a term of one byte. nil: always 2.
-	RaftTerm   func() uint64
-	Name       string
-	PeerURLs   []string
-	ClientURLs []string
+	MemberID, ClusterID  uint64
+	Name                 string
+	PeerURLs, ClientURLs []string
 }
 
 // Keepalive are etcd's --grpc-keepalive-* flags. Zero switches the respective rule off (grpc's default applies).
@@ -115,11 +120,14 @@ type Options struct {
 	// View returns the newest published state: func() etcdapi.View { return db.View() }.
 	View    func() View
 	Watcher Watcher
-	// Leader tells whether there is a leader. nil: always (a single node). Requests with etcd's hasleader metadata
-	// are refused with ErrGRPCNoLeader while there is none.
-	Leader   func() bool
-	Identity Identity
-	// ClientURLs returns those of all processes that serve the store; nil, or an empty answer: those of Identity.
+	// Cluster is nil where Identity is the only member.
+	Cluster Cluster
+	// ElectionTimeout is that of the cluster; 0: a second. It bounds how long streams outlive the leader, see
+	// followLeader, and the read of /health.
+	ElectionTimeout time.Duration
+	Identity        Identity
+	// ClientURLs returns those of all processes that serve the store of an only member; nil, or an empty answer: those
+	// of Identity.
 	ClientURLs func(ctx context.Context) []string
 	Metrics    *Metrics // nil: metrics with a registry of their own
 	Hooks      Hooks
@@ -138,6 +146,7 @@ const (
 	defaultMaxRequestBytes = 1536 * 1024
 	defaultMaxTxnOps       = 128
 	defaultSlowRequest     = 300 * time.Millisecond
+	defaultElectionTimeout = time.Second
 	// grpcOverheadBytes is what etcd allows a message beyond --max-request-bytes, so that a request slightly too
 	// large is answered with "request is too large" instead of grpc's own refusal.
 	grpcOverheadBytes = 512 * 1024
@@ -161,6 +170,10 @@ type Server struct {
 
 	stopping context.Context // done once Close was called, or no stream can be served any more for another reason
 	stop     context.CancelCauseFunc
+
+	cluster    Cluster // never nil
+	led        ledStreams
+	background sync.WaitGroup // followLeader
 }
 
 // New returns a Server for o. It panics when Backend, View or Watcher is missing: that is a programming error.
@@ -168,8 +181,8 @@ func New(o Options) *Server {
 	if o.Backend == nil || o.View == nil || o.Watcher == nil {
 		panic("etcdapi: Options.Backend, Options.View and Options.Watcher must be set")
 	}
-	if o.Leader == nil {
-		o.Leader = func() bool { return true }
+	if o.ElectionTimeout == 0 {
+		o.ElectionTimeout = defaultElectionTimeout
 	}
 	if o.Metrics == nil {
 		o.Metrics = NewMetrics(MetricsOptions{})
@@ -196,6 +209,11 @@ func New(o Options) *Server {
 		health:  health.NewServer(),
 	}
 	s.stopping, s.stop = context.WithCancelCause(context.Background())
+	if s.cluster = o.Cluster; s.cluster == nil {
+		s.cluster = oneMember{&s.opts}
+	}
+	s.led.begin()
+	s.background.Go(s.followLeader)
 	s.metrics.attach(s)
 	if err := o.Backend.Err(); err != nil {
 		s.StorageFailed(err)
@@ -248,6 +266,16 @@ func (s *Server) RegisterGRPC(g *grpc.Server) {
 func (s *Server) Close() {
 	s.stop(backend.ErrClosed)
 	s.health.Shutdown()
+	s.background.Wait()
+}
+
+// ready is Backend.Ready.
+func (s *Server) ready(ctx context.Context, serializable bool) error {
+	err := s.opts.Backend.Ready(ctx, serializable)
+	if err != nil && !serializable {
+		s.metrics.peers.failedReadIndexes.Inc()
+	}
+	return err
 }
 
 // streamContext is ctx, cancelled also when s.stopping is. The caller must call cancel.
@@ -259,8 +287,11 @@ func (s *Server) streamContext(ctx context.Context) (_ context.Context, cancel c
 
 // streamEnd is the status of a stream that ended because its context did: stopped by us, or left by the client.
 func streamEnd(ctx context.Context) error {
-	if cause := context.Cause(ctx); errors.Is(cause, backend.ErrClosed) || errors.Is(cause, backend.ErrHistoryLost) {
-		return toStatus(cause)
+	cause := context.Cause(ctx)
+	for _, ours := range [...]error{backend.ErrClosed, backend.ErrHistoryLost, rpctypes.ErrGRPCNoLeader} {
+		if errors.Is(cause, ours) {
+			return toStatus(cause)
+		}
 	}
 	return ctx.Err()
 }

@@ -6,7 +6,7 @@ import (
 	"github.com/quire-db/quire/backend"
 )
 
-// stateCollector shows the store's state at the time of a scrape: one Stats call for all of it, so that the
+// stateCollector shows the state of store and cluster at the time of a scrape: one call for all of each, so that the
 // numbers belong together. Before there is a server it shows nothing.
 type stateCollector struct {
 	m     *Metrics
@@ -16,47 +16,51 @@ type stateCollector struct {
 type stateMetric struct {
 	desc  *prometheus.Desc
 	kind  prometheus.ValueType
-	value func(s *Server, st *backend.Stats) float64
+	value func(raft *ClusterStatus, st *backend.Stats) float64
 }
 
 func newStateCollector(m *Metrics) *stateCollector {
 	c := &stateCollector{m: m}
-	gauge := func(name, help string, value func(s *Server, st *backend.Stats) float64) {
+	gauge := func(name, help string, value func(raft *ClusterStatus, st *backend.Stats) float64) {
 		c.stats = append(c.stats, stateMetric{prometheus.NewDesc(name, help, nil, nil), prometheus.GaugeValue, value})
 	}
-	leader := func(s *Server, _ *backend.Stats) float64 {
-		if s.opts.Leader() {
+	yes := func(b bool) float64 {
+		if b {
 			return 1
 		}
 		return 0
 	}
-	applied := func(_ *Server, st *backend.Stats) float64 { return float64(st.AppliedIndex) }
 
-	gauge("etcd_server_has_leader", "Whether or not a leader exists. 1 is existence, 0 is not.", leader)
-	gauge("etcd_server_is_leader", "Whether or not this member is a leader. 1 if is, 0 otherwise.", leader) // the only member leads
-	gauge("etcd_server_is_learner", "Whether or not this member is a learner. 1 if is, 0 otherwise.", func(*Server, *backend.Stats) float64 { return 0 })
-	gauge("etcd_server_proposals_committed_total", "The total number of writes committed.", applied)
-	gauge("etcd_server_proposals_applied_total", "The total number of writes applied.", applied)
+	gauge("etcd_server_has_leader", "Whether or not a leader exists. 1 is existence, 0 is not.",
+		func(raft *ClusterStatus, _ *backend.Stats) float64 { return yes(raft.Leader != 0) })
+	gauge("etcd_server_is_leader", "Whether or not this member is a leader. 1 if is, 0 otherwise.",
+		func(raft *ClusterStatus, _ *backend.Stats) float64 { return yes(raft.Leader == raft.ID) })
+	gauge("etcd_server_is_learner", "Whether or not this member is a learner. 1 if is, 0 otherwise.",
+		func(raft *ClusterStatus, _ *backend.Stats) float64 { return yes(raft.Learner) })
+	gauge("etcd_server_proposals_committed_total", "The total number of consensus proposals committed.",
+		func(raft *ClusterStatus, _ *backend.Stats) float64 { return float64(raft.Committed) })
+	gauge("etcd_server_proposals_applied_total", "The total number of consensus proposals applied.",
+		func(raft *ClusterStatus, _ *backend.Stats) float64 { return float64(raft.Applied) })
 	gauge("etcd_server_quota_backend_bytes", "Current backend storage quota size in bytes.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.Quota) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.Quota) })
 	gauge("etcd_mvcc_db_total_size_in_bytes", "Total size of the underlying database physically allocated in bytes.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.DBSize) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.DBSize) })
 	gauge("etcd_mvcc_db_total_size_in_use_in_bytes", "Total size of the underlying database logically in use in bytes.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.DBSizeInUse) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.DBSizeInUse) })
 	gauge("etcd_mvcc_db_open_read_transactions", "The number of currently open read transactions.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.ReadTransactions) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.ReadTransactions) })
 	gauge("etcd_debugging_mvcc_keys_total", "Total number of keys.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.Keys) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.Keys) })
 	gauge("etcd_debugging_mvcc_current_revision", "The current revision of store.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.Revision) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.Revision) })
 	gauge("etcd_debugging_mvcc_compact_revision", "The revision of the last compaction in store.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.CompactRevision) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.CompactRevision) })
 	gauge("quire_logical_bytes", "Key and value bytes of all rows not yet compacted: what the quota counts.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.LogicalBytes) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.LogicalBytes) })
 	gauge("quire_leases", "Number of leases.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.Leases) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.Leases) })
 	gauge("quire_value_cache_bytes", "Bytes of values kept in memory.",
-		func(_ *Server, st *backend.Stats) float64 { return float64(st.ValueCacheBytes) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.ValueCacheBytes) })
 	return c
 }
 
@@ -72,7 +76,8 @@ func (c *stateCollector) Collect(out chan<- prometheus.Metric) {
 		return
 	}
 	stats := s.opts.Backend.Stats()
+	raft := s.status(&stats)
 	for _, m := range c.stats {
-		out <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(s, &stats))
+		out <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(&raft, &stats))
 	}
 }

@@ -51,15 +51,26 @@ func newAuthority(t *testing.T, dir, name string) *authority {
 // issue writes a certificate for 127.0.0.1 and its key over the two files, and returns the pair.
 func (a *authority) issue(serial int64, cn, certFile, keyFile string) tls.Certificate {
 	a.t.Helper()
+	return a.write(&x509.Certificate{
+		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: cn}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"},
+	}, certFile, keyFile)
+}
+
+// issueFor does the same for another address, and for no name.
+func (a *authority) issueFor(serial int64, certFile, keyFile string, ip net.IP) tls.Certificate {
+	a.t.Helper()
+	return a.write(&x509.Certificate{SerialNumber: big.NewInt(serial), IPAddresses: []net.IP{ip}}, certFile, keyFile)
+}
+
+func (a *authority) write(template *x509.Certificate, certFile, keyFile string) tls.Certificate {
+	a.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		a.t.Fatal(err)
 	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: cn}, NotBefore: time.Now().Add(-time.Hour),
-		NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, DNSNames: []string{"localhost"},
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	template.KeyUsage = x509.KeyUsageDigitalSignature
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
 	if err != nil {
 		a.t.Fatal(err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"io"
 	"math"
 	"net"
 	"net/http"
@@ -19,8 +18,9 @@ import (
 // and a door per endpoint that sorts connections among them.
 type clients struct {
 	lg        *zap.Logger
-	endpoints []*endpoint
+	endpoints []*endpoint // that are served
 	doors     []*door
+	tls       *tlsStore
 	grpc      *grpc.Server
 	http      *http.Server
 	metrics   *http.Server
@@ -31,18 +31,16 @@ type clients struct {
 	wg     sync.WaitGroup
 }
 
-// clientOptions: store is nil without a certificate; handler and metrics are the HTTP handlers.
+// clientOptions: TLS is nil without a certificate; handler and metrics are the HTTP handlers.
 type clientOptions struct {
-	Endpoints            []*endpoint // opened
 	TLS                  *tlsStore
 	GRPC                 *grpc.Server // made with doorCredentials
 	Handler, Metrics     http.Handler
 	MaxConcurrentStreams uint32
 }
 
-// serveClients starts serving on endpoints that are open already.
-func serveClients(lg *zap.Logger, o clientOptions) *clients {
-	c := &clients{lg: lg, endpoints: o.Endpoints, grpc: o.GRPC, failed: make(chan error, 1)}
+func newClients(lg *zap.Logger, o clientOptions) *clients {
+	c := &clients{lg: lg, tls: o.TLS, grpc: o.GRPC, failed: make(chan error, 1)}
 	newHTTP := func(h http.Handler) *http.Server {
 		s := &http.Server{
 			Handler:           fillTLS(h),
@@ -58,16 +56,21 @@ func serveClients(lg *zap.Logger, o clientOptions) *clients {
 		s.Protocols.SetUnencryptedHTTP2(true) // as the door hands it over, decrypted
 		return s
 	}
+	c.http, c.metrics = newHTTP(o.Handler), newHTTP(o.Metrics)
+	return c
+}
+
+// serve starts serving on endpoints that are open already. It may be called again with others.
+func (c *clients) serve(endpoints []*endpoint) {
 	queue := func(e *endpoint) *connQueue {
 		q := newConnQueue(e.listener.Addr())
 		c.queues = append(c.queues, q)
 		return q
 	}
-	c.http, c.metrics = newHTTP(o.Handler), newHTTP(o.Metrics)
-	for _, e := range o.Endpoints {
+	for _, e := range endpoints {
 		d := &door{plain: e.plain, rejected: c.rejected, acceptFailed: c.acceptFailed}
 		if e.secure {
-			d.tlsConfig = o.TLS.current
+			d.tlsConfig = c.tls.current
 		}
 		if e.grpc {
 			d.grpc = queue(e)
@@ -81,25 +84,24 @@ func serveClients(lg *zap.Logger, o clientOptions) *clients {
 			d.http = queue(e)
 			c.run(func() error { return s.Serve(d.http) })
 		}
-		c.doors = append(c.doors, d)
+		c.endpoints, c.doors = append(c.endpoints, e), append(c.doors, d)
 		c.run(func() error { return d.serve(e.listener) })
 
 		if e.metrics {
-			lg.Info("serving metrics", zap.String("address", e.url))
+			c.lg.Info("serving metrics", zap.String("address", e.url))
 			continue
 		}
 		// Both lines are etcd's; tools wait for them.
-		lg.Info("ready to serve client requests")
+		c.lg.Info("ready to serve client requests")
 		if e.plain {
-			lg.Info("serving client traffic insecurely; this is strongly discouraged!",
+			c.lg.Info("serving client traffic insecurely; this is strongly discouraged!",
 				zap.String("traffic", e.traffic()), zap.String("address", e.listener.Addr().String()))
 		}
 		if e.secure {
-			lg.Info("serving client traffic securely",
+			c.lg.Info("serving client traffic securely",
 				zap.String("traffic", e.traffic()), zap.String("address", e.listener.Addr().String()))
 		}
 	}
-	return c
 }
 
 func (c *clients) run(serve func() error) {
@@ -161,23 +163,8 @@ func (c *clients) close(grace time.Duration) {
 	c.wg.Wait()
 }
 
-// rejected logs what etcd logs, with its fields, so that what watches its log for intruders goes on working.
 func (c *clients) rejected(conn *tls.Conn, err error) {
-	log := c.lg.Warn
-	if errors.Is(err, io.EOF) {
-		log = c.lg.Debug // port scanners and load balancers connect and leave
-	}
-	state := conn.ConnectionState()
-	fields := []zap.Field{zap.String("remote-addr", conn.RemoteAddr().String()), zap.String("server-name", state.ServerName)}
-	if len(state.PeerCertificates) > 0 {
-		cert := state.PeerCertificates[0]
-		ips := make([]string, len(cert.IPAddresses))
-		for i, ip := range cert.IPAddresses {
-			ips[i] = ip.String()
-		}
-		fields = append(fields, zap.Strings("ip-addresses", ips), zap.Strings("dns-names", cert.DNSNames))
-	}
-	log("rejected connection on client endpoint", append(fields, zap.Error(err))...)
+	logRejected(c.lg, "rejected connection on client endpoint", conn, err)
 }
 
 func (c *clients) acceptFailed(err error, retryIn time.Duration) {

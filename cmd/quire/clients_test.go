@@ -110,8 +110,8 @@ func startFront(t *testing.T, c *config) *front {
 	g := grpc.NewServer(grpc.Creds(doorCredentials{}))
 	healthpb.RegisterHealthServer(g, who)
 	f := &front{who: who, log: logged}
-	f.clients = serveClients(lg, clientOptions{
-		Endpoints: endpoints, TLS: store, GRPC: g,
+	f.clients = newClients(lg, clientOptions{
+		TLS: store, GRPC: g,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			body, err := io.ReadAll(r.Body)
 			if err != nil {
@@ -122,6 +122,7 @@ func startFront(t *testing.T, c *config) *front {
 		Metrics:              http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "metrics") }),
 		MaxConcurrentStreams: 1<<32 - 1,
 	})
+	f.serve(endpoints)
 	t.Cleanup(func() {
 		f.stopAccepting()
 		f.close(5 * time.Second)

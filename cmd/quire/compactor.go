@@ -64,15 +64,19 @@ func parseRetention(mode, text string) (retention, error) {
 
 // compactor keeps history short on its own, as etcd's v3compactor does.
 type compactor struct {
-	lg       *zap.Logger
+	lg *zap.Logger
+	// leads tells whether this member is to compact: one of them is enough. A member that does not lead notes revisions
+	// all the same, so that it can go on where the last leader stopped.
+	leads    func() bool
 	revision func() int64
 	compact  func(ctx context.Context, rev int64) error
 }
 
-// compactorOf compacts db through the path that a client's Compact takes.
-func compactorOf(lg *zap.Logger, db *backend.DB) *compactor {
+// compactorOf compacts db through the path that a client's Compact takes, while leads says so.
+func compactorOf(lg *zap.Logger, db *backend.DB, leads func() bool) *compactor {
 	return &compactor{
 		lg:       lg,
+		leads:    leads,
 		revision: db.Revision,
 		compact: func(ctx context.Context, rev int64) error {
 			_, err := db.Write(ctx, backend.Command{Request: &pb.CompactionRequest{Revision: rev}})
@@ -117,7 +121,7 @@ func (c *compactor) runPeriodic(ctx context.Context, period time.Duration) {
 		case <-tick.C:
 		}
 		rev := notes[0]
-		if time.Since(lastSuccess) < wait || rev == last {
+		if time.Since(lastSuccess) < wait || rev == last || !c.leads() {
 			continue
 		}
 		wait = interval
@@ -150,7 +154,7 @@ func (c *compactor) runRevision(ctx context.Context, keep int64) {
 		case <-tick.C:
 		}
 		rev := c.revision() - keep
-		if rev <= 0 || rev == last {
+		if rev <= 0 || rev == last || !c.leads() {
 			continue
 		}
 		start := time.Now()

@@ -21,7 +21,20 @@ type fakeStore struct {
 	mu        sync.Mutex
 	rev       int64
 	fail      error
+	follows   bool // another member leads
 	compacted []int64
+}
+
+func (s *fakeStore) leads() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.follows
+}
+
+func (s *fakeStore) follow(follows bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.follows = follows
 }
 
 func (s *fakeStore) set(rev int64, fail error) {
@@ -59,7 +72,7 @@ func startCompactor(t *testing.T, r retention) (*fakeStore, *observer.ObservedLo
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		(&compactor{lg: zap.New(core), revision: s.revision, compact: s.compact}).run(ctx, r)
+		(&compactor{lg: zap.New(core), leads: s.leads, revision: s.revision, compact: s.compact}).run(ctx, r)
 	}()
 	t.Cleanup(func() { cancel(); <-done })
 	synctest.Wait()
@@ -206,4 +219,39 @@ func TestParseRetention(t *testing.T) {
 			t.Errorf("%s %q: error %v, want %q", x.mode, x.text, err, x.err)
 		}
 	}
+}
+
+// A new leader keeps as much history as the last one did, neither more nor less.
+func TestOnlyTheLeaderCompacts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := startCompactor(t, retention{Period: 10 * time.Minute})
+		s.follow(true)
+		for rev := int64(1); rev <= 30; rev++ {
+			s.set(rev, nil)
+			pass(time.Minute)
+		}
+		if got := s.taken(); len(got) > 0 {
+			t.Errorf("a follower compacted to %v", got)
+		}
+		s.follow(false)
+		s.set(31, nil)
+		pass(time.Minute)
+		if got := s.taken(); !slices.Equal(got, []int64{20}) {
+			t.Errorf("the new leader compacted to %v, want [20]: ten minutes ago, and the step that etcd adds", got)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := startCompactor(t, retention{Revisions: 100})
+		s.follow(true)
+		s.set(500, nil)
+		pass(time.Hour)
+		if got := s.taken(); len(got) > 0 {
+			t.Errorf("a follower compacted to %v", got)
+		}
+		s.follow(false)
+		pass(revisionInterval)
+		if got := s.taken(); !slices.Equal(got, []int64{400}) {
+			t.Errorf("the new leader compacted to %v, want [400]", got)
+		}
+	})
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -48,7 +49,9 @@ type door struct {
 	// acceptFailed is told why no connection could be taken, out of file descriptors for instance.
 	acceptFailed func(err error, retryIn time.Duration)
 
-	mu struct {
+	ctx    context.Context // of handshakes; made with the first connection
+	cancel context.CancelFunc
+	mu     struct {
 		sync.Mutex
 		sorting map[net.Conn]struct{} // let in, not handed over yet
 		closed  bool
@@ -97,6 +100,7 @@ func (d *door) hold(conn net.Conn) bool {
 	}
 	if d.mu.sorting == nil {
 		d.mu.sorting = map[net.Conn]struct{}{}
+		d.ctx, d.cancel = context.WithCancel(context.Background())
 	}
 	d.mu.sorting[conn] = struct{}{}
 	d.wg.Add(1)
@@ -108,6 +112,9 @@ func (d *door) hold(conn net.Conn) bool {
 func (d *door) close() {
 	d.mu.Lock()
 	d.mu.closed = true
+	if d.cancel != nil {
+		d.cancel()
+	}
 	for conn := range d.mu.sorting {
 		_ = conn.Close() // wakes its reader, which is the point
 	}
@@ -140,7 +147,10 @@ func (d *door) sort(conn net.Conn) (net.Conn, *connQueue, error) {
 			if err := conn.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
 				return nil, nil, err
 			}
-			if err := tc.Handshake(); err != nil {
+			ctx, cancel := context.WithTimeout(d.ctx, handshakeTimeout) // of looking up names too
+			err := tc.HandshakeContext(ctx)
+			cancel()
+			if err != nil {
 				d.rejected(tc, err)
 				return nil, nil, err
 			}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,34 +27,20 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	custom := func(name string, v pflag.Value) { fs.Var(v, name, usage); mark(name) }
 
 	// Member.
-	str("wal-dir", "")
-	peers := &urlList{}
-	if err := peers.Set(defaultListenPeerURLs); err != nil {
-		panic(fmt.Sprintf("default of --listen-peer-urls is not valid: %v", err))
-	}
-	custom("listen-peer-urls", peers)
 	number("max-snapshots", 5)
 	number("max-wals", 5)
-	number("snapshot-count", 10000)
-	fs.Uint64Var(&c.SnapshotCatchUpEntries, "snapshot-catchup-entries", 5000, usage)
-	mark("snapshot-catchup-entries")
-	number("heartbeat-interval", 100)
-	number("election-timeout", 1000)
-	boolean("initial-election-tick-advance", true)
-	custom("backend-bbolt-freelist-type", &choice{value: "map", of: []string{"array", "map"}})
+	custom("backend-bbolt-freelist-type", &choice{value: new("map"), of: []string{"array", "map"}})
 	duration("backend-batch-interval", 0)
 	integer("backend-batch-limit", 0)
-	duration("raft-read-timeout", 5*time.Second)
 	duration("raft-write-timeout", 5*time.Second)
 	boolean("memory-mlock", false)
-	custom("feature-gates", &featureGates{})
+	fs.Var(&c.gates, "feature-gates", "Comma-separated Name=true or Name=false; InitialCorruptCheck, CompactHashCheck and SetMemberLocalAddr have an effect.")
 
 	// Clustering.
-	custom("initial-cluster-state", &choice{value: "new", of: []string{"new", "existing"}})
-	custom("discovery-fallback", &choice{value: "exit", of: []string{"exit"}})
+	custom("discovery-fallback", &choice{value: new("exit"), of: []string{"exit"}})
 	custom("discovery-endpoints", new(commaList))
 	for _, name := range []string{"discovery-token", "discovery-cert", "discovery-key", "discovery-cacert",
-		"discovery-user", "discovery-password", "discovery-srv", "discovery-srv-name"} {
+		"discovery-user", "discovery-password"} {
 		str(name, "")
 	}
 	duration("discovery-dial-timeout", 2*time.Second)
@@ -62,22 +49,11 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	duration("discovery-keepalive-timeout", 6*time.Second)
 	boolean("discovery-insecure-transport", true)
 	boolean("discovery-insecure-skip-tls-verify", false)
-	boolean("strict-reconfig-check", true)
-	boolean("pre-vote", true)
-	custom("v2-deprecation", &choice{value: "write-only", of: []string{"write-only", "write-only-skip-check", "write-only-drop-data", "gone", "not-yet"}})
-	boolean("force-new-cluster", false)
-	integer("max-learners", 1)
+	custom("v2-deprecation", &choice{value: new("write-only"), of: []string{"write-only", "write-only-skip-check", "write-only-drop-data", "gone", "not-yet"}})
 
 	// Security.
-	for _, name := range []string{"client-cert-file", "client-key-file", "peer-cert-file", "peer-key-file",
-		"peer-client-cert-file", "peer-client-key-file", "peer-trusted-ca-file", "peer-crl-file"} {
-		str(name, "")
-	}
-	boolean("peer-client-cert-auth", false)
-	boolean("peer-auto-tls", false)
-	custom("peer-cert-allowed-cn", new(commaList))
-	custom("peer-cert-allowed-hostname", new(commaList))
-	boolean("peer-skip-client-san-verification", false)
+	str("client-cert-file", "")
+	str("client-key-file", "")
 	str("cors", "*")
 	str("host-whitelist", "*")
 
@@ -97,8 +73,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 
 	// Features.
 	boolean("enable-grpc-gateway", true)
-	duration("corrupt-check-time", 0)
-	duration("compact-hash-check-time", time.Minute)
 	integer("compaction-batch-limit", 0)
 	duration("compaction-sleep-interval", 0)
 	duration("downgrade-check-time", 5*time.Second)
@@ -107,8 +81,7 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	boolean("unsafe-no-fsync", false)
 
 	// Experimental in 3.5 and 3.6, feature gates since: kubeadm's older manifests still give them.
-	for _, name := range []string{"experimental-initial-corrupt-check", "experimental-compact-hash-check-enabled",
-		"experimental-enable-lease-checkpoint", "experimental-enable-lease-checkpoint-persist",
+	for _, name := range []string{"experimental-enable-lease-checkpoint", "experimental-enable-lease-checkpoint-persist",
 		"experimental-stop-grpc-service-on-defrag"} {
 		boolean(name, false)
 	}
@@ -126,25 +99,35 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 // noteIneffective leaves a warning for each such flag that asks for something other than its default.
 func noteIneffective(fs *pflag.FlagSet, c *config) {
 	fs.Visit(func(f *pflag.Flag) {
-		if _, ok := f.Annotations[ineffective]; ok && f.Value.String() != f.DefValue {
+		if f.Value.String() == f.DefValue {
+			return
+		}
+		if _, ok := f.Annotations[ineffective]; ok {
 			c.note(fmt.Sprintf("flag --%s has no effect yet in this storage mode", f.Name), "flag", f.Name)
 		}
+		if _, ok := f.Annotations[clusterOnly]; ok && c.Kind != storageRaft {
+			c.note(fmt.Sprintf("flag --%s has no effect: this is no member of a cluster", f.Name), "flag", f.Name)
+		}
 	})
+	// What LeaseCheckpoint… ask for is always so.
+	for _, name := range c.gates.without("InitialCorruptCheck", "CompactHashCheck", "SetMemberLocalAddr", "LeaseCheckpoint", "LeaseCheckpointPersist") {
+		c.note("feature gate has no effect yet", "feature-gate", name)
+	}
 }
 
 // choice is a flag with a fixed set of values.
 type choice struct {
-	value string
+	value *string
 	of    []string
 }
 
-func (v *choice) String() string { return v.value }
+func (v *choice) String() string { return *v.value }
 func (v *choice) Type() string   { return "string" }
 func (v *choice) Set(s string) error {
 	if !slices.Contains(v.of, s) {
 		return fmt.Errorf("%q is not one of %s", s, strings.Join(v.of, ", "))
 	}
-	v.value = s
+	*v.value = s
 	return nil
 }
 
@@ -157,18 +140,23 @@ func (*anything) Set(string) error { return nil }
 
 // featureGates is --feature-gates: Name=true,Name=false. The names are those of etcd 3.7
 // (server/v3/features), and those of etcd 3.6 that 3.7 dropped are refused as etcd refuses them.
-type featureGates struct{ value string }
-
-var knownFeatureGates = []string{
-	"AllAlpha", "AllBeta", "CompactHashCheck", "FastLeaseKeepAlive", "InitialCorruptCheck", "LeaseCheckpoint",
-	"LeaseCheckpointPersist", "PriorityRequest", "SetMemberLocalAddr", "StopGRPCServiceOnDefrag",
-	"TxnModeWriteWithSharedBuffer",
+type featureGates struct {
+	text string
+	set  map[string]bool
 }
 
-func (g *featureGates) String() string { return g.value }
+// knownFeatureGates, with their defaults.
+var knownFeatureGates = map[string]bool{
+	"AllAlpha": false, "AllBeta": false, "CompactHashCheck": false, "FastLeaseKeepAlive": true, "InitialCorruptCheck": false,
+	"LeaseCheckpoint": false, "LeaseCheckpointPersist": false, "PriorityRequest": false, "SetMemberLocalAddr": false,
+	"StopGRPCServiceOnDefrag": false, "TxnModeWriteWithSharedBuffer": true,
+}
+
+func (g *featureGates) String() string { return g.text }
 func (g *featureGates) Type() string   { return "list" }
 func (g *featureGates) Set(s string) error {
-	for _, entry := range strings.Split(s, ",") {
+	set := map[string]bool{}
+	for entry := range strings.SplitSeq(s, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
 			continue
 		}
@@ -176,13 +164,36 @@ func (g *featureGates) Set(s string) error {
 		if !ok {
 			return fmt.Errorf("missing bool value for %s; write %s=true or %s=false", name, name, name)
 		}
-		if v := strings.ToLower(strings.TrimSpace(value)); !slices.Contains([]string{"true", "false", "1", "0", "t", "f"}, v) {
+		on, err := strconv.ParseBool(strings.ToLower(strings.TrimSpace(value)))
+		if err != nil {
 			return fmt.Errorf("invalid value of %s: %q; use true or false", name, value)
 		}
-		if !slices.Contains(knownFeatureGates, strings.TrimSpace(name)) {
+		name = strings.TrimSpace(name)
+		if _, ok := knownFeatureGates[name]; !ok {
 			return fmt.Errorf("unrecognized feature gate: %s", name)
 		}
+		set[name] = on
 	}
-	g.value = s
+	g.text, g.set = s, set
 	return nil
+}
+
+// enabled is for gates in their alpha stage, for which AllAlpha speaks where they are not named.
+func (g *featureGates) enabled(name string) bool {
+	if on, ok := g.set[name]; ok {
+		return on
+	}
+	return g.set["AllAlpha"]
+}
+
+// without are the gates that differ from their defaults, but for those named.
+func (g *featureGates) without(names ...string) []string {
+	var others []string
+	for name, on := range g.set {
+		if on != knownFeatureGates[name] && !slices.Contains(names, name) {
+			others = append(others, name)
+		}
+	}
+	slices.Sort(others)
+	return others
 }

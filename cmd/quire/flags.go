@@ -35,16 +35,20 @@ type config struct {
 	DataDir string // never empty after load: "<name>.etcd" is etcd's default
 	Storage string // as given; path in StoragePath
 	// StoragePath is the database file, or the URL of the Postgres database without its password.
-	StoragePath string
-	Postgres    backend.PostgresOptions // no URL: the storage is SQLite
+	StoragePath  string
+	Kind         storageKind
+	MustBeMember bool                    // only the data directory says that this is a member of a cluster
+	Leave        bool                    // the data is that of a member of a cluster, and is to be a plain SQLite database again
+	Postgres     backend.PostgresOptions // where Kind is storagePostgres
 
 	ListenClientURLs     urlList
 	ListenClientHTTPURLs urlList // not empty: HTTP is served only here, gRPC only on ListenClientURLs
 	ListenMetricsURLs    urlList
 	AdvertiseClientURLs  urlList
-	AdvertisePeerURLs    urlList // only for the member id, as long as there are no peers
-	InitialCluster       string
+	AdvertisePeerURLs    urlList
+	InitialCluster       string // without --initial-cluster: this member alone; empty with --discovery-srv
 	InitialClusterToken  string
+	Cluster              clusterFlags
 	SocketReusePort      bool
 	SocketReuseAddress   bool
 
@@ -76,7 +80,7 @@ type config struct {
 	EtcdVersion  string
 	PrintVersion bool
 
-	SnapshotCatchUpEntries uint64 // shown at start, as etcd does; nothing else
+	gates featureGates
 
 	// notes are warnings that were found before there was a logger.
 	notes []note
@@ -113,7 +117,7 @@ func newFlagSet(c *config) *pflag.FlagSet {
 
 	fs.StringVar(&c.Name, "name", defaultName, "Human-readable name for this member.")
 	fs.StringVar(&c.DataDir, "data-dir", "", "Path to the data directory (default \"${name}.etcd\").")
-	fs.StringVar(&c.Storage, "storage", "", "Where the data is kept: sqlite:///absolute/path, sqlite://relative/path or postgres://user@host:5432/database (default \"sqlite://${data-dir}/quire.db\").")
+	fs.StringVar(&c.Storage, "storage", "", "Where the data is kept: sqlite:///absolute/path (or sqlite://relative/path), sqlraft:///absolute/path for a member of a cluster, or postgres://user@host:5432/database (default \"${data-dir}/quire.db\": sqlraft with --initial-cluster, else sqlite).")
 	fs.StringVar(&c.Postgres.Schema, "postgres-schema", "quire", "Schema of the Postgres database that holds the tables; all processes that name the same one serve the same data.")
 	fs.StringVar(&c.Postgres.ListenURL, "postgres-listen-url", "", "How to reach the Postgres server itself, for notifications, where --storage names a pooler (empty: as --storage).")
 	fs.IntVar(&c.Postgres.MaxConnections, "postgres-max-connections", 8, "Connections to Postgres that this process opens at most, 6 or more.")
@@ -130,8 +134,8 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	urls(&c.ListenClientHTTPURLs, "listen-client-http-urls", "", "Comma-separated URLs to listen on for HTTP only; gRPC alone is then served on --listen-client-urls.")
 	urls(&c.ListenMetricsURLs, "listen-metrics-urls", "", "Comma-separated URLs to listen on for metrics and health only.")
 	urls(&c.AdvertiseClientURLs, "advertise-client-urls", defaultListenClientURLs, "Comma-separated client URLs that MemberList answers with.")
-	urls(&c.AdvertisePeerURLs, "initial-advertise-peer-urls", defaultListenPeerURLs, "Comma-separated peer URLs of this member; they determine the member id.")
-	fs.StringVar(&c.InitialCluster, "initial-cluster", defaultInitialCluster, "Members of the cluster as name=peerURL, comma-separated; members beside this one have no effect yet.")
+	urls(&c.AdvertisePeerURLs, "initial-advertise-peer-urls", defaultListenPeerURLs, "Comma-separated URLs at which other members reach this one; they determine the member id.")
+	fs.StringVar(&c.InitialCluster, "initial-cluster", defaultInitialCluster, "Members of the cluster, this one among them, as name=peerURL, comma-separated.")
 	fs.StringVar(&c.InitialClusterToken, "initial-cluster-token", defaultClusterToken, "Token of the cluster; it determines the cluster id.")
 	fs.BoolVar(&c.SocketReusePort, "socket-reuse-port", false, "Set SO_REUSEPORT on listeners.")
 	fs.BoolVar(&c.SocketReuseAddress, "socket-reuse-address", false, "Set SO_REUSEADDR on listeners.")
@@ -172,6 +176,7 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.StringVar(&c.EtcdVersion, "etcd-version", defaultEtcdVersion, "The etcd version that quire answers with.")
 	fs.BoolVar(&c.PrintVersion, "version", false, "Print the version and exit.")
 
+	addClusterFlags(fs, c)
 	addEtcdFlags(fs, c)
 	fs.SetNormalizeFunc(normalizeName(fs))
 	return fs
@@ -344,6 +349,7 @@ func readEnv(c *config, fs *pflag.FlagSet, env []string) error {
 func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 	for _, check := range []func() error{
 		c.checkLogging,
+		func() error { return checkBindURLs(c.Cluster.ListenPeerURLs) },
 		func() error { return checkBindURLs(c.ListenClientURLs) },
 		func() error { return checkBindURLs(c.ListenClientHTTPURLs) },
 		func() error { return checkBindURLs(c.ListenMetricsURLs) },
@@ -356,23 +362,27 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 		return fmt.Errorf(`--initial-advertise-peer-urls %q must be "host:port" (%w)`, c.AdvertisePeerURLs.String(), err)
 	}
 	if fs.Changed("listen-client-urls") && !fs.Changed("advertise-client-urls") && !fromFile {
-		// etcd refuses to start here. One node alone can answer with the address it listens on.
+		// etcd refuses to start here. What is listened on is an address at least.
 		c.AdvertiseClientURLs = slices.Clone(c.ListenClientURLs)
 		c.note("--advertise-client-urls is not set; advertising --listen-client-urls", "advertise-client-urls", c.AdvertiseClientURLs.String())
 	}
 	if err := checkHostURLs(c.AdvertiseClientURLs); err != nil {
 		return fmt.Errorf(`--advertise-client-urls %q must be in the format "host:port", "unix:/path/to/socket" or "unixs:/path/to/socket" (%w)`, c.AdvertiseClientURLs.String(), err)
 	}
-	if !fs.Changed("initial-cluster") {
+	if err := c.Cluster.check(fs, &c.gates); err != nil {
+		return err
+	}
+	switch {
+	case fs.Changed("initial-cluster"):
+	case c.Cluster.DiscoverySRV != "":
+		c.InitialCluster = ""
+	default:
 		// etcd's InitialClusterFromName: without --initial-cluster the member is its own cluster.
 		parts := make([]string, len(c.AdvertisePeerURLs))
 		for i, u := range c.AdvertisePeerURLs {
 			parts[i] = c.Name + "=" + u.String()
 		}
 		c.InitialCluster = strings.Join(parts, ",")
-	}
-	if err := c.checkInitialCluster(); err != nil {
-		return err
 	}
 	switch c.AutoCompactionMode {
 	case modePeriodic, modeRevision:
@@ -402,46 +412,63 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 	if len(c.ListenClientURLs) == 0 {
 		return errors.New("--listen-client-urls is empty; name at least one URL, for example " + defaultListenClientURLs)
 	}
-	if c.DataDir == "" {
-		c.DataDir = c.Name + ".etcd"
-	}
-	if scheme, _, _ := strings.Cut(c.Storage, "://"); scheme == "postgres" || scheme == "postgresql" {
-		c.Postgres.URL, c.Postgres.Name, c.Postgres.ClientURLs = c.Storage, c.Name, c.AdvertiseClientURLs.Strings()
-		c.StoragePath = backend.RedactPostgresURL(c.Storage)
-		if err := c.Postgres.Check(); err != nil {
-			return fmt.Errorf("--storage, --postgres-…: %w", err)
-		}
-	} else {
-		path, err := storagePath(c.Storage, c.DataDir)
-		if err != nil {
-			return err
-		}
-		// Absolute, so that the log tells where the data lies whatever the working directory was.
-		if c.StoragePath, err = filepath.Abs(path); err != nil {
-			return err
-		}
+	if err := c.finishStorage(fs); err != nil {
+		return err
 	}
 	noteIneffective(fs, c)
 	return nil
 }
 
-// storagePath turns --storage into the database file: sqlite:///abs/path, sqlite://relative/path, or, when
-// empty, quire.db in the data directory.
-func storagePath(storage, dataDir string) (string, error) {
-	if storage == "" {
-		return filepath.Join(dataDir, "quire.db"), nil
-	}
-	scheme, rest, ok := strings.Cut(storage, "://")
-	if !ok {
-		return "", fmt.Errorf("--storage %q has no scheme; write sqlite:///absolute/path or sqlite://relative/path", redactURL(storage))
-	}
-	switch scheme {
-	case "sqlite":
-	case "sqlraft":
-		return "", fmt.Errorf("--storage %s:// is not available in this version of quire; use sqlite:///absolute/path or postgres://user@host:5432/database", scheme)
+// finishStorage settles where the data is.
+func (c *config) finishStorage(fs *pflag.FlagSet) error {
+	var file string // of a SQLite database, if --storage names one
+	scheme, rest, ok := strings.Cut(c.Storage, "://")
+	switch {
+	case c.Storage == "":
+	case !ok:
+		return fmt.Errorf("--storage %q has no scheme; write sqlite:///absolute/path or sqlite://relative/path", redactURL(c.Storage))
+	case scheme == "postgres" || scheme == "postgresql":
+		c.Postgres.URL, c.Postgres.Name, c.Postgres.ClientURLs = c.Storage, c.Name, c.AdvertiseClientURLs.Strings()
+		c.StoragePath = backend.RedactPostgresURL(c.Storage)
+		if err := c.Postgres.Check(); err != nil {
+			return fmt.Errorf("--storage, --postgres-…: %w", err)
+		}
+	case scheme == "sqlite" || scheme == "sqlraft":
+		var err error
+		if file, err = filePath(c.Storage, rest); err != nil {
+			return err
+		}
 	default:
-		return "", fmt.Errorf("--storage %s:// is not known; use sqlite:///absolute/path or postgres://user@host:5432/database", scheme)
+		return fmt.Errorf("--storage %s:// is not known; use sqlite:///absolute/path, sqlraft:///absolute/path or postgres://user@host:5432/database", scheme)
 	}
+	if c.DataDir == "" {
+		c.DataDir = c.Name + ".etcd"
+		if scheme == "sqlraft" {
+			c.DataDir = filepath.Dir(file) // beside the database, where it is looked for
+		}
+	}
+	if err := c.chooseStorage(fs); err != nil {
+		return err
+	}
+	if c.Kind == storagePostgres {
+		return c.checkInitialCluster()
+	}
+	if file == "" {
+		file = filepath.Join(c.DataDir, "quire.db")
+	}
+	// Absolute, so that the log tells where the data lies whatever the working directory was.
+	var err error
+	if c.StoragePath, err = filepath.Abs(file); err != nil {
+		return err
+	}
+	if c.Kind == storageRaft {
+		return nil // a member that is initialized reads none of it
+	}
+	return c.checkInitialCluster()
+}
+
+// filePath is the path in --storage sqlite:///abs/path or sqlite://relative/path; rest is what follows the slashes.
+func filePath(storage, rest string) (string, error) {
 	if strings.Contains(rest, "?") {
 		return "", fmt.Errorf("--storage %q: a sqlite path takes no ?options", storage)
 	}
@@ -463,29 +490,18 @@ func redactURL(s string) string {
 	return s
 }
 
-// checkInitialCluster checks the form of --initial-cluster, and warns of members beside this one: each would be a
-// store of its own.
+// checkInitialCluster checks the form of --initial-cluster where it only serves to find the member's id.
 func (c *config) checkInitialCluster() error {
-	names := map[string]bool{}
-	for _, entry := range strings.Split(c.InitialCluster, ",") {
+	for entry := range strings.SplitSeq(c.InitialCluster, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
 			continue
 		}
-		n, u, ok := strings.Cut(entry, "=")
-		if !ok || n == "" || u == "" {
+		if n, u, ok := strings.Cut(entry, "="); !ok || n == "" || u == "" {
 			return fmt.Errorf("--initial-cluster %q: %q is not name=peerURL", c.InitialCluster, entry)
 		}
-		names[n] = true
 	}
-	if len(names) == 0 {
-		return nil
-	}
-	if !names[c.Name] {
+	if names := c.initialNames(); len(names) > 0 && !slices.Contains(names, c.Name) {
 		return fmt.Errorf("couldn't find local name %q in the initial cluster configuration; put it into --initial-cluster %q or change --name", c.Name, c.InitialCluster)
-	}
-	if len(names) > 1 {
-		c.note("--initial-cluster names other members, which have no effect yet: this server is a store of its own and shares nothing with them; do not give clients more than one of them",
-			"initial-cluster", c.InitialCluster)
 	}
 	return nil
 }

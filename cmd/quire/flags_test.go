@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -74,9 +75,25 @@ func TestFlagForms(t *testing.T) {
 		}},
 		{args: "--initial-cluster m=http://127.0.0.1:2380 --name m --initial-cluster-state new --initial-cluster-token t --listen-peer-urls http://127.0.0.1:2380 --initial-advertise-peer-urls http://127.0.0.1:2380 --snapshot-count 10 --strict-reconfig-check=false --force-new-cluster=true --peer-auto-tls --v --feature-gates InitialCorruptCheck=true,CompactHashCheck=false",
 			want: func(c *config) bool {
-				return c.Name == "m" && hasNote(c, "--snapshot-count has no effect yet") && hasNote(c, "--force-new-cluster has no effect yet") &&
-					!hasNote(c, "--initial-cluster-state has no effect") // it asks for the default
+				f := c.Cluster
+				return c.Name == "m" && c.Kind == storageRaft && f.SnapshotCount == 10 && f.ForceNew && !f.StrictReconfigCheck &&
+					f.InitialCorruptCheck && !f.CompactHashCheck && !hasNote(c, "no effect")
 			}},
+		{args: "--snapshot-count 10 --max-learners=2", want: func(c *config) bool {
+			return c.Kind == storageSQLite && hasNote(c, "--snapshot-count has no effect: this is no member") && hasNote(c, "--max-learners has no effect")
+		}},
+		{args: "--heartbeat-interval 10 --election-timeout 1234", want: func(c *config) bool {
+			return c.Cluster.heartbeat() == 10*time.Millisecond && c.Cluster.electionTimeout() == 1230*time.Millisecond && !hasNote(c, "no effect")
+		}},
+		{args: "--experimental-initial-corrupt-check --experimental-corrupt-check-time=5s --experimental-compact-hash-check-enabled=true --experimental-compact-hash-check-time=7s",
+			want: func(c *config) bool {
+				f := c.Cluster
+				return f.InitialCorruptCheck && f.CorruptCheckTime == 5*time.Second && f.CompactHashCheck && f.CompactHashCheckTime == 7*time.Second
+			}},
+		{args: "--feature-gates AllAlpha=true,CompactHashCheck=false,TxnModeWriteWithSharedBuffer=true", want: func(c *config) bool {
+			return c.Cluster.InitialCorruptCheck && !c.Cluster.CompactHashCheck && c.notesWith("feature gate has no effect") == 1
+		}},
+		{args: "--corrupt-check-time=0", want: func(c *config) bool { return c.Cluster.CorruptCheckTime == 0 }},
 		{args: "--listen-client-urls http://127.0.0.1:1,https://127.0.0.1:1,unix://localhost:20000", want: func(c *config) bool {
 			return slices.Equal(c.AdvertiseClientURLs.Strings(), []string{"http://127.0.0.1:1", "https://127.0.0.1:1", "unix://localhost:20000"})
 		}},
@@ -102,18 +119,76 @@ func hasNote(c *config, part string) bool {
 	return slices.ContainsFunc(c.notes, func(n note) bool { return strings.Contains(n.msg, part) })
 }
 
-// TestOtherMembersAreWarnedOf: until there are clusters, nobody may believe to have one.
-func TestOtherMembersAreWarnedOf(t *testing.T) {
-	for args, want := range map[string]bool{
-		"--initial-cluster a=http://127.0.0.1:1,default=http://127.0.0.1:2": true,
-		"--initial-cluster default=http://127.0.0.1:2":                      false,
-	} {
-		c, err := loadConfig(strings.Fields(args), nil)
-		if err != nil {
-			t.Fatal(err)
+// notesWith counts notes.
+func (c *config) notesWith(part string) (count int) {
+	for _, n := range c.notes {
+		if strings.Contains(n.msg, part) {
+			count++
 		}
-		if got := hasNote(c, "a store of its own"); got != want {
-			t.Errorf("%s: warned %v, want %v", args, got, want)
+	}
+	return count
+}
+
+func TestStorageIsChosen(t *testing.T) {
+	plain, member := t.TempDir(), t.TempDir()
+	if err := os.Mkdir(filepath.Join(member, "raft"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		args string
+		want storageKind
+		path string
+	}{
+		{"--data-dir " + plain, storageSQLite, plain + "/quire.db"},
+		{"--data-dir " + plain + " --initial-cluster-token t --initial-cluster-state new --initial-advertise-peer-urls http://h:1", storageSQLite, plain + "/quire.db"},
+		{"--data-dir " + plain + " --storage sqlite:///d/q.db", storageSQLite, "/d/q.db"},
+		{"--data-dir " + plain + " --storage sqlite:///d/q.db --name m --initial-cluster m=http://h:1", storageSQLite, "/d/q.db"},
+		{"--data-dir " + plain + " --name m --initial-cluster m=http://h:1", storageRaft, plain + "/quire.db"},
+		{"--data-dir " + plain + " --initial-cluster default=http://h:1,b=http://h:2", storageRaft, plain + "/quire.db"},
+		{"--data-dir " + plain + " --initial-cluster-state existing", storageRaft, plain + "/quire.db"},
+		{"--data-dir " + plain + " --discovery-srv example.com", storageRaft, plain + "/quire.db"},
+		{"--data-dir " + plain + " --force-new-cluster", storageRaft, plain + "/quire.db"},
+		{"--data-dir " + member, storageRaft, member + "/quire.db"},
+		{"--data-dir " + plain + " --storage sqlraft:///d/q.db", storageRaft, "/d/q.db"},
+		{"--storage postgres://u@h/db", storagePostgres, "postgres://u@h/db"},
+		{"--storage postgres://u@h/db --name m --initial-cluster m=http://h:1", storagePostgres, "postgres://u@h/db"},
+	} {
+		c, err := loadConfig(strings.Fields(x.args), nil)
+		if err != nil {
+			t.Errorf("%s: %v", x.args, err)
+		} else if c.Kind != x.want || c.StoragePath != x.path {
+			t.Errorf("%s: %v at %s, want %v at %s", x.args, c.Kind, c.StoragePath, x.want, x.path)
+		}
+	}
+	// The log is kept beside the database, not in a directory that depends on where quire is started.
+	c, err := loadConfig([]string{"--storage", "sqlraft:///d/q.db"}, nil)
+	if err != nil || c.raftDir() != "/d/raft" {
+		t.Errorf("sqlraft:// without --data-dir: the log is in %s, %v", c.raftDir(), err)
+	}
+	c, err = loadConfig([]string{"--data-dir=/d", "--wal-dir=/fast", "--initial-cluster=default=http://localhost:2380"}, nil)
+	if err != nil || c.raftDir() != "/fast/raft" || c.leftDir() != "/fast/raft.left" {
+		t.Errorf("--wal-dir: the log is in %s, %v", c.raftDir(), err)
+	}
+	plainly := []string{"--data-dir", member, "--storage", "sqlite://" + member + "/quire.db"}
+	if _, err := loadConfig(plainly, nil); err == nil || !strings.Contains(err.Error(), "--force-new-cluster") {
+		t.Errorf("a member's database as a plain one: %v", err)
+	}
+	if c, err := loadConfig(append(plainly, "--force-new-cluster"), nil); err != nil || c.Kind != storageSQLite || !c.Leave {
+		t.Errorf("a member that is to leave: %+v, %v", c, err)
+	}
+}
+
+func TestMinLeaseTTLIsEtcds(t *testing.T) {
+	for _, x := range []struct {
+		heartbeat, election uint
+		want                int64
+	}{{100, 1000, 2}, {10, 100, 1}, {100, 500, 1}, {100, 2000, 3}, {29, 271, 1}, {101, 521, 1}, {500, 50000, 75}, {100, 1400, 3}, {100, 1300, 2}} {
+		f := clusterFlags{Heartbeat: x.heartbeat, ElectionTimeout: x.election}
+		// As server/v3/etcdserver computes it.
+		ticks := int(x.election / x.heartbeat)
+		etcds := int64(math.Ceil((time.Duration((3*ticks)/2) * time.Duration(x.heartbeat) * time.Millisecond).Seconds()))
+		if got := f.minLeaseTTL(); got != x.want || got != etcds {
+			t.Errorf("%d/%d ms: %d s, want %d; etcd has %d", x.heartbeat, x.election, got, x.want, etcds)
 		}
 	}
 }
@@ -151,11 +226,26 @@ func TestRefusedFlags(t *testing.T) {
 		{args: "--cipher-suites ROT13", want: `unexpected TLS cipher suite "ROT13"`},
 		{args: "--cert-file c", want: "give both --cert-file and --key-file"},
 		{args: "--etcd-version three", want: "not a semantic version"},
-		{args: "--storage sqlraft:///db", want: "not available in this version"},
+		{args: "--storage sqlraft://", want: "names no file"},
+		{args: "--storage sqlite:///d/q.db --initial-cluster default=http://h:1,b=http://h:2", want: "leave --storage out"},
+		{args: "--storage sqlite:///d/q.db --initial-cluster-state existing", want: "cannot join a cluster"},
+		{args: "--storage sqlite:///d/q.db --discovery-srv example.com", want: "no member of a cluster"},
+		{args: "--storage postgres://u@h/db --initial-cluster default=http://h:1,b=http://h:2", want: "equals already"},
+		{args: "--storage postgres://u:geheim@h/db --initial-cluster-state existing", want: "cannot join a cluster"},
+		{args: "--heartbeat-interval 0", want: "--heartbeat-interval must be >0 (set to 0ms)"},
+		{args: "--election-timeout 0", want: "--election-timeout must be >0 (set to 0ms)"},
+		{args: "--election-timeout 499", want: "--election-timeout[499ms] should be at least as 5 times as --heartbeat-interval[100ms]"},
+		{args: "--election-timeout 50001", want: "--election-timeout[50001ms] is too long, and should be set less than 50000ms"},
+		{args: "--compact-hash-check-time 0s", want: "--compact-hash-check-time must be >0 (set to 0s)"},
+		{args: "--corrupt-check-time=-1s", want: "--corrupt-check-time must not be negative"},
+		{args: "--initial-cluster default=http://h:1 --discovery-srv example.com", want: "multiple discovery or bootstrap flags are set"},
+		{args: "--discovery-token t --discovery-endpoints http://h:1", want: "does not ask a discovery service"},
+		{args: "--feature-gates LeaseCheckpointPersist=true", want: "requires enabling feature gate LeaseCheckpoint"},
+		{args: "--listen-peer-urls http://example.com:1", want: "expected IP in URL for binding (http://example.com:1)"},
 		{args: "--storage mysql://h/db", want: "not known"},
 		{args: "--storage /var/lib/x.db", want: "has no scheme"},
 		{args: "--storage sqlite://", want: "names no file"},
-		{args: "--initial-cluster a=http://127.0.0.1:1", want: `couldn't find local name "default"`},
+		{args: "--storage sqlite:///d/q.db --initial-cluster a=http://127.0.0.1:1", want: `couldn't find local name "default"`},
 	} {
 		_, err := loadConfig(strings.Fields(x.args), x.env)
 		var bad *usageError
@@ -252,8 +342,8 @@ socket-options:
 			t.Error("no warning of nobody-knows")
 		case !hasNote(c, "ignored because a configuration file is given"):
 			t.Error("no warning of what the file overrides")
-		case !hasNote(c, "--peer-cert-file has no effect"):
-			t.Error("no warning of peer-transport-security")
+		case c.Cluster.TLS.Files.CertFile != "/pc" || len(c.Cluster.TLS.Files.AllowedCNs) != 2:
+			t.Errorf("peer-transport-security gave %+v", c.Cluster.TLS)
 		}
 	}
 }
@@ -292,8 +382,5 @@ func TestIdentityIsEtcds(t *testing.T) {
 	id = newIdentity("default", "default=http://localhost:2380", "etcd-cluster", nil)
 	if id.MemberID != 0x8e9e05c52164694d || id.ClusterID != 0xcdf818194e3a8c32 {
 		t.Errorf("member %x, cluster %x; etcd has 8e9e05c52164694d, cdf818194e3a8c32", id.MemberID, id.ClusterID)
-	}
-	if memberID([]string{"http://b:1", "http://a:1"}, "t") != memberID([]string{"http://a:1", "http://b:1"}, "t") {
-		t.Error("the order of peer URLs changes the member id")
 	}
 }

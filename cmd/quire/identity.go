@@ -1,16 +1,11 @@
 package main
 
 import (
-	"crypto/sha1"
-	"encoding/binary"
 	"net/url"
-	"slices"
 	"strings"
-)
 
-// raftTerm is what headers carry where there is no Raft: not zero, and one byte long on the wire, because
-// etcd's own tests compare encoded headers.
-const raftTerm = 2
+	"github.com/quire-db/quire/sqlraft"
+)
 
 // identity is how etcd knows a member and its cluster.
 type identity struct {
@@ -18,9 +13,7 @@ type identity struct {
 	MemberID  uint64
 }
 
-// newIdentity computes the ids that an etcd started with the same flags would have: the member's from its peer URLs
-// and the cluster token, the cluster's from its members' (server/v3/etcdserver/api/membership: computeMemberID,
-// RaftCluster.genID). SHA-1 names things here; it protects nothing.
+// newIdentity computes the ids that an etcd started with the same flags would have, were it alone.
 //
 // The peer URLs are those that initialCluster lists under name; advertised ones when it lists none.
 func newIdentity(name, initialCluster, token string, advertised urlList) identity {
@@ -38,24 +31,6 @@ func newIdentity(name, initialCluster, token string, advertised urlList) identit
 	if len(peerURLs) == 0 {
 		peerURLs = advertised.Strings()
 	}
-	member := memberID(peerURLs, token)
-	return identity{MemberID: member, ClusterID: clusterID([]uint64{member})}
-}
-
-// memberID is the first eight bytes, big endian, of SHA-1 over the sorted URLs joined without separator and
-// followed by the token.
-func memberID(peerURLs []string, token string) uint64 {
-	sorted := slices.Sorted(slices.Values(peerURLs))
-	sum := sha1.Sum([]byte(strings.Join(sorted, "") + token))
-	return binary.BigEndian.Uint64(sum[:8])
-}
-
-// clusterID is the same over the sorted member ids.
-func clusterID(members []uint64) uint64 {
-	var b []byte
-	for _, id := range slices.Sorted(slices.Values(members)) {
-		b = binary.BigEndian.AppendUint64(b, id)
-	}
-	sum := sha1.Sum(b)
-	return binary.BigEndian.Uint64(sum[:8])
+	member := sqlraft.MemberID(peerURLs, token)
+	return identity{MemberID: member, ClusterID: sqlraft.ClusterID([]uint64{member})}
 }

@@ -189,6 +189,71 @@ func TestServeAndStop(t *testing.T) {
 	}
 }
 
+// A cluster of one member: what is particular to it on the way from the flags to the end.
+func TestAMemberServesAndStops(t *testing.T) {
+	client, peer := freeAddress(t), freeAddress(t)
+	dir := filepath.Join(t.TempDir(), "data")
+	args := []string{"--data-dir", dir, "--listen-client-urls", "http://" + client, "--listen-peer-urls", "http://" + peer, "--name=m"}
+	initial := []string{"--initial-advertise-peer-urls", "http://" + peer, "--initial-cluster", "m=http://" + peer}
+	for _, flags := range [][]string{append(args, initial...), args} {
+		ctx, stop := context.WithCancel(t.Context())
+		logged := &syncBuffer{}
+		code := make(chan int, 1)
+		go func() { code <- run(ctx, flags, []string{"GOGC=100", "GOMEMLIMIT=8GiB"}, io.Discard, logged) }()
+		logged.waitFor(t, "now serving")
+		if err := checkHealth(t, client, insecure.NewCredentials()); err != nil {
+			t.Error(err)
+		}
+		if got, err := httpClient(t, nil, false).Get("http://" + peer + "/version"); err != nil || got.StatusCode != 200 {
+			t.Errorf("/version on the peer port: %v, %v", got, err)
+		}
+		stop()
+		if c := <-code; c != exitOK {
+			t.Fatalf("exit code %d: %s", c, logged)
+		}
+		for _, want := range []string{"elected leader", "published local member to cluster through raft", "ready to serve client requests", `"storage-kind":"sqlraft"`} {
+			if !strings.Contains(logged.String(), want) {
+				t.Errorf("the log has no %s", want)
+			}
+		}
+		for line := range strings.Lines(logged.String()) {
+			if strings.Contains(line, `"level":"error"`) || strings.Contains(line, `"level":"fatal"`) {
+				t.Errorf("a normal start and stop logs: %s", line)
+			}
+		}
+	}
+	var out, errs bytes.Buffer
+	if c := run(t.Context(), []string{"check", "--data-dir", dir}, nil, &out, &errs); c != 0 || !strings.Contains(out.String(), ": sound; revision 1,") {
+		t.Errorf("check: exit code %d, %q, %q", c, &out, &errs)
+	}
+}
+
+func TestMistakesOfAMemberAreToldAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "raft"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct{ args, text string }{
+		{"--data-dir " + dir, "its first start did not come to an end"},
+		{"--initial-cluster other=http://127.0.0.1:1", "couldn't find local name"},
+		{"--initial-cluster default=http://127.0.0.1:1", "--initial-cluster has default=http://127.0.0.1:1 but missing from --initial-advertise-peer-urls"},
+		{"--initial-cluster default=127.0.0.1:1", "--initial-cluster"},
+		{"--initial-cluster default=https://127.0.0.1:1 --initial-advertise-peer-urls https://127.0.0.1:1 --listen-peer-urls https://127.0.0.1:0", "--peer-cert-file"},
+		{"--initial-cluster default=http://127.0.0.1:1 --initial-advertise-peer-urls http://127.0.0.1:1 --peer-cert-file x", "--peer-key-file"},
+		{"--discovery-srv invalid.", "--discovery-srv"},
+	} {
+		args := strings.Fields(x.args)
+		if !strings.Contains(x.args, "--data-dir") {
+			args = append(args, "--data-dir", t.TempDir())
+		}
+		var errs bytes.Buffer
+		code := run(t.Context(), append(args, "--listen-client-urls", "http://127.0.0.1:0"), []string{"GOGC=100", "GOMEMLIMIT=8GiB"}, io.Discard, &errs)
+		if code != exitFailed || !strings.Contains(errs.String(), x.text) {
+			t.Errorf("%s: exit code %d, %s; want %q in it", x.args, code, &errs, x.text)
+		}
+	}
+}
+
 func TestDataDirOfARealEtcdIsRefused(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Join(dir, "member"), 0o700); err != nil {

@@ -19,7 +19,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// selfCert is --auto-tls: it returns a certificate and its key in dir, making both when one of them is missing. Its
+// selfCert is --auto-tls and --peer-auto-tls: it returns a certificate and its key in dir, making both when one of them is missing. Its
 // names are the hosts of the URLs listened on. An existing pair is kept, also when it has expired, as in etcd
 // (client/pkg/v3/transport: SelfCert); remove the files to have new ones.
 func selfCert(lg *zap.Logger, dir string, urls urlList, years uint) (certFile, keyFile string, err error) {
@@ -35,11 +35,11 @@ func selfCert(lg *zap.Logger, dir string, urls urlList, years uint) (certFile, k
 	}
 	for _, err := range []error{certErr, keyErr} {
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return "", "", fmt.Errorf("--auto-tls: %w", err)
+			return "", "", fmt.Errorf("--auto-tls, --peer-auto-tls: %w", err)
 		}
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", "", fmt.Errorf("--auto-tls: %w", err)
+		return "", "", fmt.Errorf("--auto-tls, --peer-auto-tls: %w", err)
 	}
 
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128))
@@ -79,10 +79,10 @@ func selfCert(lg *zap.Logger, dir string, urls urlList, years uint) (certFile, k
 	}
 	// The key first: a certificate without its key would look like a finished pair to nobody.
 	if err := writePEM(keyFile, "EC PRIVATE KEY", keyDER, 0o600); err != nil {
-		return "", "", fmt.Errorf("--auto-tls: %w", err)
+		return "", "", fmt.Errorf("--auto-tls, --peer-auto-tls: %w", err)
 	}
 	if err := writePEM(certFile, "CERTIFICATE", der, 0o644); err != nil {
-		return "", "", fmt.Errorf("--auto-tls: %w", err)
+		return "", "", fmt.Errorf("--auto-tls, --peer-auto-tls: %w", err)
 	}
 	lg.Warn("automatically generate certificates", zap.String("cert-file", certFile),
 		zap.Time("certificate-validity-bound-not-after", template.NotAfter))

@@ -10,15 +10,13 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
-	"github.com/quire-db/quire/backend"
 	"github.com/quire-db/quire/etcdapi"
+	"github.com/quire-db/quire/sqlraft"
 	"github.com/quire-db/quire/watchpoller"
 )
 
@@ -30,12 +28,11 @@ const stopGrace = time.Second
 func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err error) {
 	started := time.Now()
 	c.logNotes(lg)
-	id := newIdentity(c.Name, c.InitialCluster, c.InitialClusterToken, c.AdvertisePeerURLs)
 	limit := tuneGC(env)
 	if lookupEnv(env, "GOGC") == "" {
 		defer paceGC()()
 	}
-	logStart(lg, c, id, limit)
+	logStart(lg, c, limit)
 	if err := checkDataDir(c); err != nil {
 		return err
 	}
@@ -53,37 +50,33 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 			lg.Warn("ignoring client auto TLS since certs given")
 		}
 	}
-	var store *tlsStore
+	var certs *tlsStore // nil: no TLS
 	if !c.TLS.empty() {
-		if store, err = newTLSStore(c.TLS, lg); err != nil {
+		if certs, err = newTLSStore(c.TLS, lg); err != nil {
 			return err
 		}
 		lg.Info("starting with client TLS", zap.String("tls-info", c.TLS.String()), zap.Strings("cipher-suites", c.TLS.CipherSuites))
 	}
-	endpoints, err := endpointsOf(c, store != nil, lg)
+	endpoints, err := endpointsOf(c, certs != nil, lg)
 	if err != nil {
 		return err
 	}
 
-	// The database. Last to close: whoever comes later may still be writing to it.
+	// The database, and this member's part in its cluster. Last to close: whoever comes later may still be writing to it.
 	metrics := etcdapi.NewMetrics(etcdapi.MetricsOptions{Extensive: c.Metrics == "extensive"})
 	watch := &storageWatch{lg: lg, metrics: metrics}
-	db, err := openStorage(ctx, c, id, watch)
+	st, err := openStore(ctx, c, watch)
 	if err != nil {
-		return fmt.Errorf("cannot open %s: %w", c.StoragePath, err) // the backend says what to do
-	}
-	if shared := db.ClusterID(); shared != 0 {
-		// All processes are one member, with several doors.
-		id = identity{MemberID: shared, ClusterID: clusterID([]uint64{shared})}
-		lg.Info("one of several processes", zap.String("cluster-id", fmt.Sprintf("%x", id.ClusterID)), zap.String("local-member-id", fmt.Sprintf("%x", id.MemberID)))
+		return lastWords(err, lg)
 	}
 	defer func() {
-		if cerr := db.Close(); cerr != nil {
+		if cerr := st.close(); cerr != nil {
 			err = errors.Join(err, fmt.Errorf("closing %s: %w", c.StoragePath, cerr))
 			return
 		}
 		lg.Info("closed the database", zap.String("storage", c.StoragePath))
 	}()
+	db := st.db
 	stats := db.Stats()
 	lg.Info("opened the database", zap.String("storage", c.StoragePath), zap.Int64("revision", stats.Revision),
 		zap.Int64("compact-revision", stats.CompactRevision), zap.Int64("keys", stats.Keys), zap.Int("leases", stats.Leases),
@@ -91,9 +84,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 
 	// The poller reads committed rows, so it lives shorter than the database; the API's watch streams end before it.
 	poller := watchpoller.Start(db, watchpoller.Options{
-		Header: func() *pb.ResponseHeader {
-			return &pb.ResponseHeader{ClusterId: id.ClusterID, MemberId: id.MemberID, RaftTerm: raftTerm}
-		},
+		Header:           st.header,
 		ProgressInterval: c.WatchProgressNotifyInterval,
 		MaxResponseBytes: int(min(c.MaxRequestBytes, 1<<30)) + 512<<10, // etcd: maxRequestBytes + grpcOverheadBytes
 		Hooks: watchpoller.Hooks{
@@ -110,11 +101,13 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	defer poller.Close()
 
 	api := etcdapi.New(etcdapi.Options{
-		Backend: db,
-		View:    func() etcdapi.View { return db.View() },
-		Watcher: poller,
+		Backend:         db,
+		View:            func() etcdapi.View { return db.View() },
+		Watcher:         poller,
+		Cluster:         st.cluster(),
+		ElectionTimeout: c.Cluster.electionTimeout(),
 		Identity: etcdapi.Identity{
-			ClusterID: id.ClusterID, MemberID: id.MemberID, RaftTerm: func() uint64 { return raftTerm },
+			MemberID: st.memberID, ClusterID: st.clusterID,
 			Name: c.Name, PeerURLs: c.AdvertisePeerURLs.Strings(), ClientURLs: c.AdvertiseClientURLs.Strings(),
 		},
 		ClientURLs:           db.ClientURLs,
@@ -137,42 +130,54 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	server := grpc.NewServer(append(api.ServerOptions(), grpc.Creds(doorCredentials{}))...)
 	api.RegisterGRPC(server)
 
-	// Only now the ports: whoever can connect is answered.
-	if err := open(ctx, endpoints, c); err != nil {
-		return err
-	}
 	profiles := c.EnablePprof || c.LogLevel == "debug"
 	if profiles {
 		lg.Info("pprof is enabled", zap.String("path", "/debug/pprof"))
 	}
 	handler := api.HTTPHandler()
-	cl := serveClients(lg, clientOptions{
-		Endpoints: endpoints, TLS: store, GRPC: server, Handler: clientHandler(handler, profiles), Metrics: metricsHandler(handler),
+	cl := newClients(lg, clientOptions{
+		TLS: certs, GRPC: server, Handler: clientHandler(handler, profiles), Metrics: metricsHandler(handler),
 		MaxConcurrentStreams: c.MaxConcurrentStreams,
 	})
-
-	// Compaction writes like a client does, so it stops with the clients.
-	keep, err := parseRetention(c.AutoCompactionMode, c.AutoCompactionRetention)
-	if err != nil {
-		return err // checked in config.finish; not reached
+	// Only now the ports: whoever can connect is answered. Probes at once, as in etcd, so that nobody restarts a member
+	// that waits for its cluster; clients once it is one, because they would wait along with it instead of going elsewhere.
+	isProbe := func(e *endpoint) bool { return e.metrics }
+	isDoor := func(e *endpoint) bool { return !e.metrics }
+	err = begin(ctx, c, cl, slices.DeleteFunc(slices.Clone(endpoints), isDoor))
+	if err == nil {
+		err = st.ready(ctx)
 	}
-	compacting, stopCompacting := context.WithCancel(context.Background())
+	if err == nil {
+		err = begin(ctx, c, cl, slices.DeleteFunc(endpoints, isProbe))
+	}
+
+	// What works in the background reads and writes like a client does, so it stops with the clients.
+	working, stopWorking := context.WithCancel(context.Background())
+	defer stopWorking()
 	var background sync.WaitGroup
-	background.Go(func() { compactorOf(lg, db).run(compacting, keep) })
+	if err == nil {
+		keep, kerr := parseRetention(c.AutoCompactionMode, c.AutoCompactionRetention)
+		if kerr != nil {
+			panic(fmt.Sprintf("checked in config.finish: %v", kerr))
+		}
+		background.Go(func() { compactorOf(lg, db, st.leads).run(working, keep) })
 
-	lg.Info("now serving client/metrics", zap.String("local-member-id", fmt.Sprintf("%x", id.MemberID)),
-		zap.Strings("advertise-client-urls", c.AdvertiseClientURLs.Strings()),
-		zap.Strings("listen-client-urls", c.ListenClientURLs.Strings()),
-		zap.Strings("listen-client-http-urls", c.ListenClientHTTPURLs.Strings()),
-		zap.Strings("listen-metrics-urls", c.ListenMetricsURLs.Strings()),
-		zap.String("storage", c.StoragePath), zap.Duration("took", time.Since(started)))
-	tellSystemd(lg, env, "READY=1")
-	background.Go(debug.FreeOSMemory) // building the index needed more than keeping it
+		lg.Info("now serving peer/client/metrics", zap.String("local-member-id", fmt.Sprintf("%x", st.memberID)),
+			zap.Strings("initial-advertise-peer-urls", c.AdvertisePeerURLs.Strings()),
+			zap.Strings("advertise-client-urls", c.AdvertiseClientURLs.Strings()),
+			zap.Strings("listen-client-urls", c.ListenClientURLs.Strings()),
+			zap.Strings("listen-client-http-urls", c.ListenClientHTTPURLs.Strings()),
+			zap.Strings("listen-metrics-urls", c.ListenMetricsURLs.Strings()),
+			zap.String("storage", c.StoragePath), zap.Duration("took", time.Since(started)))
+		tellSystemd(lg, env, "READY=1")
+		background.Go(debug.FreeOSMemory) // building the index needed more than keeping it
 
-	select {
-	case <-ctx.Done():
-	case err = <-cl.failed:
-		err = fmt.Errorf("listener failed: %w", err)
+		select {
+		case <-ctx.Done():
+		case err = <-cl.failed:
+			err = fmt.Errorf("listener failed: %w", err)
+		case err = <-st.failed():
+		}
 	}
 	tellSystemd(lg, env, "STOPPING=1")
 	lg.Info("closing etcd server", zap.String("name", c.Name), zap.String("data-dir", c.DataDir))
@@ -180,10 +185,32 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	// otherwise never finish, with an error that tells clients to go elsewhere.
 	api.Close()
 	cl.stopAccepting()
-	stopCompacting()
+	stopWorking()
 	cl.close(stopGrace)
 	background.Wait()
-	return err // and the defers: poller, then database
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = nil // it was told to stop before it was ready
+	}
+	return lastWords(err, lg) // and the defers: poller, then leadership, then database
+}
+
+// lastWords are etcd's where this member cannot go on. One that was removed has done its duty: no error, as in etcd.
+func lastWords(err error, lg *zap.Logger) error {
+	if !errors.Is(err, sqlraft.ErrRemoved) {
+		return err
+	}
+	lg.Warn("server error", zap.Error(err))
+	lg.Warn("data-dir used by this member must be removed")
+	return nil
+}
+
+// begin opens endpoints and serves them.
+func begin(ctx context.Context, c *config, cl *clients, endpoints []*endpoint) error {
+	if err := open(ctx, endpoints, c); err != nil {
+		return err
+	}
+	cl.serve(endpoints)
+	return nil
 }
 
 // checkDataDir refuses the data directory of a real etcd: starting empty beside its data would look to a client as
@@ -198,90 +225,8 @@ func checkDataDir(c *config) error {
 	return fmt.Errorf("--data-dir %s holds the data of an etcd (member/), which quire does not read; use another --data-dir, or name the database with --storage", c.DataDir)
 }
 
-// openStorage opens the database and tells every few seconds how far it is.
-func openStorage(ctx context.Context, c *config, id identity, watch *storageWatch) (*backend.DB, error) {
-	var last atomic.Int64
-	begin := time.Now()
-	options := backend.Options{
-		QuotaBytes:      c.QuotaBackendBytes,
-		ValueCacheBytes: c.ValueCacheBytes,
-		MemberID:        id.MemberID,
-		Hooks: backend.Hooks{
-			LoadProgress: func(done, total int64) {
-				const every = 3 * time.Second
-				now := int64(time.Since(begin))
-				if before := last.Load(); now-before >= int64(every) && last.CompareAndSwap(before, now) {
-					watch.lg.Info("loading the index", zap.Int64("rows", done), zap.Int64("of", total))
-				}
-			},
-			BatchCommitted: watch.metrics.BatchCommitted,
-			CompactionDone: func(rev, rows int64, took time.Duration) {
-				watch.metrics.CompactionDone(rev, rows, took)
-				// etcd's message.
-				watch.lg.Info("finished scheduled compaction", zap.Int64("compact-revision", rev), zap.Int64("rows", rows), zap.Duration("took", took))
-			},
-			LeaseExpired: watch.metrics.LeaseExpired,
-			Alarm: func(a *pb.AlarmMember, raised bool) {
-				watch.metrics.Alarm(a, raised)
-				watch.lg.Warn("alarm", zap.String("alarm", a.Alarm.String()), zap.String("member-id", fmt.Sprintf("%x", a.MemberID)), zap.Bool("raised", raised))
-			},
-			StorageError:  watch.failed,
-			StorageHealed: watch.healed,
-		},
-	}
-	if c.Postgres.URL != "" {
-		return backend.OpenPostgres(ctx, c.Postgres, options)
-	}
-	return backend.OpenSQLite(ctx, c.StoragePath, options)
-}
-
-// storageWatch tells log, metrics and health how the storage does. A storage that fails does so at every batch: the
-// log hears of it at most every ten seconds.
-type storageWatch struct {
-	lg      *zap.Logger
-	metrics *etcdapi.Metrics
-	api     atomic.Pointer[etcdapi.Server] // nil until the API stands
-
-	mu struct {
-		sync.Mutex
-		logged time.Time
-		lost   bool // ErrHistoryLost was logged
-	}
-}
-
-func (w *storageWatch) failed(err error) {
-	w.metrics.StorageError(err)
-	if api := w.api.Load(); api != nil {
-		api.StorageFailed(err)
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if errors.Is(err, backend.ErrHistoryLost) {
-		if !w.mu.lost {
-			w.mu.lost = true
-			w.lg.Error("nothing is served any more", zap.Error(err))
-		}
-		return
-	}
-	if now := time.Now(); now.Sub(w.mu.logged) >= 10*time.Second {
-		w.mu.logged = now
-		w.lg.Error("the storage failed; writes are refused until it works again", zap.Error(err))
-	}
-}
-
-func (w *storageWatch) healed() {
-	w.metrics.StorageHealed()
-	if api := w.api.Load(); api != nil {
-		api.StorageHealed()
-	}
-	w.mu.Lock()
-	w.mu.logged = time.Time{}
-	w.mu.Unlock()
-	w.lg.Info("the storage works again")
-}
-
 // logStart is etcd's start-up line with etcd's names, as far as they mean something here, and where the data lies.
-func logStart(lg *zap.Logger, c *config, id identity, memoryLimit int64) {
+func logStart(lg *zap.Logger, c *config, memoryLimit int64) {
 	quire, sha := buildVersion()
 	if c.ConfigFile != "" {
 		lg.Info("loaded server configuration, other configuration command line flags and environment variables will be ignored if provided",
@@ -299,15 +244,25 @@ func logStart(lg *zap.Logger, c *config, id identity, memoryLimit int64) {
 		zap.String("name", c.Name),
 		zap.String("data-dir", c.DataDir),
 		zap.String("storage", c.StoragePath),
-		zap.String("cluster-id", fmt.Sprintf("%x", id.ClusterID)),
-		zap.String("local-member-id", fmt.Sprintf("%x", id.MemberID)),
-		zap.Uint64("snapshot-catchup-entries", c.SnapshotCatchUpEntries),
+		zap.Stringer("storage-kind", c.Kind),
+		zap.Bool("force-new-cluster", c.Cluster.ForceNew),
+		zap.Duration("heartbeat-interval", c.Cluster.heartbeat()),
+		zap.Duration("election-timeout", c.Cluster.electionTimeout()),
+		zap.Bool("initial-election-tick-advance", c.Cluster.ElectionTickAdvance),
+		zap.Uint64("snapshot-count", c.Cluster.SnapshotCount),
+		zap.Uint64("snapshot-catchup-entries", c.Cluster.CatchUpEntries),
 		zap.Strings("initial-advertise-peer-urls", c.AdvertisePeerURLs.Strings()),
+		zap.Strings("listen-peer-urls", c.Cluster.ListenPeerURLs.Strings()),
 		zap.Strings("advertise-client-urls", c.AdvertiseClientURLs.Strings()),
 		zap.Strings("listen-client-urls", c.ListenClientURLs.Strings()),
 		zap.Strings("listen-metrics-urls", c.ListenMetricsURLs.Strings()),
 		zap.String("initial-cluster", c.InitialCluster),
+		zap.String("initial-cluster-state", c.Cluster.State),
 		zap.String("initial-cluster-token", c.InitialClusterToken),
+		zap.Bool("pre-vote", c.Cluster.PreVote),
+		zap.Bool("strict-reconfig-check", c.Cluster.StrictReconfigCheck),
+		zap.Int("max-learners", c.Cluster.MaxLearners),
+		zap.Duration("corrupt-check-time-interval", c.Cluster.CorruptCheckTime),
 		zap.Int64("quota-backend-bytes", c.QuotaBackendBytes),
 		zap.Uint("max-request-bytes", c.MaxRequestBytes),
 		zap.Uint32("max-concurrent-streams", c.MaxConcurrentStreams),

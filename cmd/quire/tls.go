@@ -8,12 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"go.uber.org/zap"
 )
 
-// tlsFiles is what the client side's TLS flags say.
+// tlsFiles is what the TLS flags for clients say, or those for other members.
 type tlsFiles struct {
 	CertFile         string
 	KeyFile          string
@@ -24,14 +25,34 @@ type tlsFiles struct {
 	CipherSuites     []string
 	MinVersion       string
 	MaxVersion       string
+
+	// Peer: the flags begin with --peer-, and connections are made as well as taken. The rest is for peers only.
+	Peer                bool
+	ClientCertFile      string // for connections that are made; empty: CertFile
+	ClientKeyFile       string
+	AllowedCNs          []string
+	SkipClientSANVerify bool
+	SelfSigned          bool   // --peer-auto-tls: nobody can check the others' certificates
+	ServerName          string // that the others' certificates bear; empty: the hosts of their URLs
 }
 
 // empty tells that no certificate is configured, so that https cannot be served.
 func (f *tlsFiles) empty() bool { return f.CertFile == "" && f.KeyFile == "" }
 
+// flag is the name of a flag in messages.
+func (f *tlsFiles) flag(name string) string {
+	switch {
+	case f.Peer:
+		return "--peer-" + name
+	case name == "crl-file":
+		return "--client-crl-file"
+	}
+	return "--" + name
+}
+
 func (f *tlsFiles) String() string {
-	return fmt.Sprintf("cert = %s, key = %s, trusted-ca = %s, client-cert-auth = %v, crl-file = %s",
-		f.CertFile, f.KeyFile, f.TrustedCAFile, f.ClientCertAuth, f.CRLFile)
+	return fmt.Sprintf("cert = %s, key = %s, client-cert=%s, client-key=%s, trusted-ca = %s, client-cert-auth = %v, crl-file = %s",
+		f.CertFile, f.KeyFile, f.ClientCertFile, f.ClientKeyFile, f.TrustedCAFile, f.ClientCertAuth, f.CRLFile)
 }
 
 // check looks at the flags only, not into the files. Texts are etcd's.
@@ -54,7 +75,16 @@ func (f *tlsFiles) check() error {
 		return err
 	}
 	if !f.empty() && (f.CertFile == "" || f.KeyFile == "") {
-		return fmt.Errorf("KeyFile and CertFile must both be present[key: %v, cert: %v]; give both --cert-file and --key-file", f.KeyFile, f.CertFile)
+		return fmt.Errorf("KeyFile and CertFile must both be present[key: %v, cert: %v]; give both %s and %s", f.KeyFile, f.CertFile, f.flag("cert-file"), f.flag("key-file"))
+	}
+	if (f.ClientCertFile == "") != (f.ClientKeyFile == "") {
+		return fmt.Errorf("ClientKeyFile and ClientCertFile must both be present or both absent: key: %v, cert: %v; give both %s and %s", f.ClientKeyFile, f.ClientCertFile, f.flag("client-cert-file"), f.flag("client-key-file"))
+	}
+	if len(f.AllowedCNs) > 0 && len(f.AllowedHostnames) > 0 {
+		return fmt.Errorf("AllowedCNs and AllowedHostnames are mutually exclusive (cns=%q, hostnames=%q)", f.AllowedCNs, f.AllowedHostnames)
+	}
+	if len(f.AllowedCNs)+len(f.AllowedHostnames) > 0 && f.TrustedCAFile == "" && !f.ClientCertAuth {
+		return fmt.Errorf("which certificates are good is given (cns=%q, hostnames=%q), but nobody is asked for one; give %s too", f.AllowedCNs, f.AllowedHostnames, f.flag("trusted-ca-file"))
 	}
 	return nil
 }
@@ -91,7 +121,7 @@ func cipherSuites(names []string) ([]uint16, error) {
 	return ids, nil
 }
 
-// tlsStore keeps the server's TLS configuration up to date with its files. A handshake costs one stat a file; only
+// tlsStore keeps the TLS configuration up to date with its files. A handshake costs one stat a file; only
 // when one of them changed are they read again. A certificate, key or CA that cannot be read or does not fit (half
 // written, say) leaves the last good ones in use and is logged once; a revocation list that cannot be read refuses
 // the handshake, as in etcd: better no client than a revoked one.
@@ -103,22 +133,28 @@ type tlsStore struct {
 
 	mu struct {
 		sync.Mutex
-		config *tls.Config
-		seen   []os.FileInfo // of cert, key, CA, when they were last read; nil entries: not there
+		configs tlsConfigs
+		seen    []os.FileInfo // of the files, when they were last read; nil entries: not there
 
 		crlSeen os.FileInfo
 		revoked map[string]bool // by serial number
 	}
 }
 
+// tlsConfigs are made of the files as they are at one time.
+type tlsConfigs struct {
+	server *tls.Config // nil without a certificate
+	client *tls.Config // nil unless for peers
+}
+
 // newTLSStore reads the files once, so that a mistake stops the start.
 func newTLSStore(files tlsFiles, lg *zap.Logger) (*tlsStore, error) {
 	s := &tlsStore{files: files, lg: lg}
-	config, err := s.load()
+	configs, err := s.load()
 	if err != nil {
 		return nil, err
 	}
-	s.mu.config, s.mu.seen = config, s.stat()
+	s.mu.configs, s.mu.seen = configs, s.stat()
 	if files.CRLFile != "" {
 		if _, err := s.revokedSerials(); err != nil {
 			return nil, err
@@ -127,30 +163,36 @@ func newTLSStore(files tlsFiles, lg *zap.Logger) (*tlsStore, error) {
 	return s, nil
 }
 
-// current returns the configuration for the next handshake. It must not be changed.
-func (s *tlsStore) current() *tls.Config {
+// current returns the configuration for the next handshake that somebody else begins. It must not be changed.
+func (s *tlsStore) current() *tls.Config { return s.upToDate().server }
+
+// client returns the configuration for the next handshake with a peer that this side begins. It must not be changed.
+func (s *tlsStore) client() *tls.Config { return s.upToDate().client }
+
+func (s *tlsStore) upToDate() tlsConfigs {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// Looked at before reading: a file that changes in between is read again next time.
 	now := s.stat()
 	if !changed(s.mu.seen, now) {
-		return s.mu.config
+		return s.mu.configs
 	}
-	config, err := s.load()
+	configs, err := s.load()
 	s.mu.seen = now
 	if err != nil {
 		s.lg.Warn("failed to reload TLS files; serving with the previous ones", zap.String("cert-file", s.files.CertFile),
 			zap.String("key-file", s.files.KeyFile), zap.String("trusted-ca-file", s.files.TrustedCAFile), zap.Error(err))
-		return s.mu.config
+		return s.mu.configs
 	}
 	s.lg.Info("reloaded TLS files", zap.String("cert-file", s.files.CertFile), zap.String("trusted-ca-file", s.files.TrustedCAFile))
-	s.mu.config = config
-	return config
+	s.mu.configs = configs
+	return configs
 }
 
 func (s *tlsStore) stat() []os.FileInfo {
-	infos := make([]os.FileInfo, 0, 3)
-	for _, f := range []string{s.files.CertFile, s.files.KeyFile, s.files.TrustedCAFile} {
+	f := &s.files
+	infos := make([]os.FileInfo, 0, 5)
+	for _, f := range []string{f.CertFile, f.KeyFile, f.TrustedCAFile, f.ClientCertFile, f.ClientKeyFile} {
 		var info os.FileInfo
 		if f != "" {
 			if i, err := os.Stat(f); err == nil { // a missing file shows when it is read
@@ -178,61 +220,75 @@ func fileChanged(a, b os.FileInfo) bool {
 	return !os.SameFile(a, b) || a.Size() != b.Size() || !a.ModTime().Equal(b.ModTime())
 }
 
-func (s *tlsStore) load() (*tls.Config, error) {
-	cert, err := tls.LoadX509KeyPair(s.files.CertFile, s.files.KeyFile)
+func (s *tlsStore) load() (tlsConfigs, error) {
+	f := &s.files
+	minVersion, err := tlsVersion(f.MinVersion)
 	if err != nil {
-		return nil, fmt.Errorf("--cert-file %s, --key-file %s: %w", s.files.CertFile, s.files.KeyFile, err)
-	}
-	minVersion, err := tlsVersion(s.files.MinVersion)
-	if err != nil {
-		return nil, err
+		return tlsConfigs{}, err
 	}
 	if minVersion == 0 {
 		minVersion = tls.VersionTLS12
 	}
-	maxVersion, err := tlsVersion(s.files.MaxVersion)
+	maxVersion, err := tlsVersion(f.MaxVersion)
 	if err != nil {
-		return nil, err
+		return tlsConfigs{}, err
 	}
-	suites, err := cipherSuites(s.files.CipherSuites)
+	suites, err := cipherSuites(f.CipherSuites)
 	if err != nil {
-		return nil, err
+		return tlsConfigs{}, err
 	}
-	config := &tls.Config{
-		Certificates:     []tls.Certificate{cert},
-		MinVersion:       minVersion,
-		MaxVersion:       maxVersion,
-		CipherSuites:     suites,
-		NextProtos:       []string{"h2", "http/1.1", "http/1.0"}, // the last for curl --http1.0, which insists
-		VerifyConnection: s.verify,
+	var ca *x509.CertPool // nil: the system's
+	if f.TrustedCAFile != "" {
+		data, err := os.ReadFile(f.TrustedCAFile)
+		if err != nil {
+			return tlsConfigs{}, fmt.Errorf("%s: %w", f.flag("trusted-ca-file"), err)
+		}
+		ca = x509.NewCertPool()
+		if !ca.AppendCertsFromPEM(data) {
+			return tlsConfigs{}, fmt.Errorf("%s %s holds no certificate in PEM form", f.flag("trusted-ca-file"), f.TrustedCAFile)
+		}
+	}
+	config := &tls.Config{MinVersion: minVersion, MaxVersion: maxVersion, CipherSuites: suites, VerifyConnection: s.verify}
+	var configs tlsConfigs
+	if f.Peer {
+		if configs.client, err = s.loadClient(config.Clone(), ca); err != nil {
+			return tlsConfigs{}, err
+		}
+		if f.empty() {
+			return configs, nil
+		}
+	}
+	cert, err := tls.LoadX509KeyPair(f.CertFile, f.KeyFile)
+	if err != nil {
+		return tlsConfigs{}, fmt.Errorf("%s %s, %s %s: %w", f.flag("cert-file"), f.CertFile, f.flag("key-file"), f.KeyFile, err)
+	}
+	config.Certificates = []tls.Certificate{cert}
+	config.NextProtos = []string{"h2", "http/1.1", "http/1.0"} // the last for curl --http1.0, which insists
+	if f.Peer {
+		config.NextProtos = config.NextProtos[1:]
 	}
 	// etcd: a CA alone already makes client certificates required; --client-cert-auth without one means the
 	// system's CAs.
-	if s.files.TrustedCAFile != "" || s.files.ClientCertAuth {
-		config.ClientAuth = tls.RequireAndVerifyClientCert
+	if f.TrustedCAFile != "" || f.ClientCertAuth {
+		config.ClientAuth, config.ClientCAs = tls.RequireAndVerifyClientCert, ca
 	}
-	if s.files.TrustedCAFile != "" {
-		data, err := os.ReadFile(s.files.TrustedCAFile)
-		if err != nil {
-			return nil, fmt.Errorf("--trusted-ca-file: %w", err)
-		}
-		config.ClientCAs = x509.NewCertPool()
-		if !config.ClientCAs.AppendCertsFromPEM(data) {
-			return nil, fmt.Errorf("--trusted-ca-file %s holds no certificate in PEM form", s.files.TrustedCAFile)
-		}
+	if f.Peer && !f.SkipClientSANVerify {
+		config.GetConfigForClient = s.checkingAddress(config)
 	}
-	return config, nil
+	configs.server = config
+	return configs, nil
 }
 
-// verify is called at the end of every handshake, resumed ones too.
+// verify is called at the end of every handshake, resumed ones too. As in etcd, among peers it goes for both sides.
 func (s *tlsStore) verify(state tls.ConnectionState) error {
 	if len(state.PeerCertificates) == 0 {
 		return nil
 	}
-	if len(s.files.AllowedHostnames) > 0 {
-		allowed := false
+	if len(s.files.AllowedHostnames)+len(s.files.AllowedCNs) > 0 {
+		cert := state.PeerCertificates[0]
+		allowed := slices.Contains(s.files.AllowedCNs, cert.Subject.CommonName)
 		for _, h := range s.files.AllowedHostnames {
-			allowed = allowed || state.PeerCertificates[0].VerifyHostname(h) == nil
+			allowed = allowed || cert.VerifyHostname(h) == nil
 		}
 		if !allowed {
 			return errors.New("client certificate authentication failed")
@@ -257,7 +313,7 @@ func (s *tlsStore) verify(state tls.ConnectionState) error {
 func (s *tlsStore) revokedSerials() (map[string]bool, error) {
 	info, err := os.Stat(s.files.CRLFile)
 	if err != nil {
-		return nil, fmt.Errorf("--client-crl-file: %w", err)
+		return nil, fmt.Errorf("%s: %w", s.files.flag("crl-file"), err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,14 +322,14 @@ func (s *tlsStore) revokedSerials() (map[string]bool, error) {
 	}
 	data, err := os.ReadFile(s.files.CRLFile)
 	if err != nil {
-		return nil, fmt.Errorf("--client-crl-file: %w", err)
+		return nil, fmt.Errorf("%s: %w", s.files.flag("crl-file"), err)
 	}
 	if block, _ := pem.Decode(bytes.TrimSpace(data)); block != nil {
 		data = block.Bytes
 	}
 	list, err := x509.ParseRevocationList(data)
 	if err != nil {
-		return nil, fmt.Errorf("--client-crl-file %s: %w", s.files.CRLFile, err)
+		return nil, fmt.Errorf("%s %s: %w", s.files.flag("crl-file"), s.files.CRLFile, err)
 	}
 	revoked := make(map[string]bool, len(list.RevokedCertificateEntries))
 	for _, e := range list.RevokedCertificateEntries {
