@@ -18,6 +18,8 @@ COMMIT  ?= $(shell git rev-parse --short=9 HEAD 2>/dev/null || echo unknown)
 # SQLite and its C runtime are translated C, full of pointers that Go's rules do not cover. The race detector
 # finds nothing of ours there and makes every statement ten times slower.
 RACE := -race -gcflags=modernc.org/sqlite/lib=-race=false -gcflags=modernc.org/libc=-race=false
+# A race binary sleeps for a second before it exits, else: many tests stop many of them.
+export GORACE ?= atexit_sleep_ms=0
 LDFLAGS := -s -w -X main.version=$(VERSION) -X main.gitSHA=$(COMMIT)
 
 BIN   := $(CURDIR)/bin
@@ -122,7 +124,7 @@ test: build build-race $(PEERS)/etcd need-sqlite3 need-postgres ## vet, unit and
 	$(GO) vet ./...
 	CGO_ENABLED=1 $(GO) test $(RACE) -timeout 8m ./...
 	for module in $(TEST_MODULES); do (cd $$module && $(GO) vet ./...); done
-	cd test/etcd && packages=$$($(GO) list ./... | sed '/\/outages$$/d') && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m $$packages
+	cd test/etcd && packages=$$($(GO) list ./... | sed -E '/\/(outages|cluster|partitions|powercut)$$/d') && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m $$packages
 	cd test/load && packages=$$($(GO) list ./... | sed '/\/crash$$/d') && $(GO) test $$packages
 	cd test/load && QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m ./crash -args -cycles=10
 
@@ -148,6 +150,27 @@ test-postgres: build build-race $(PEERS)/kube-apiserver need-postgres ## the sui
 			-args -processes=$$processes -n=$(or $(N),30000) $(if $(SEED),-seed=$(SEED))); \
 	done
 	cd test/k8s && QUIRE_STORAGE=postgres QUIRE_TEST_SERVER=$(BIN)/quire $(GO) test -count=1 -parallel 12 -timeout 10m -v .
+
+.PHONY: test-raft
+test-raft: build build-race $(PEERS)/etcd $(PEERS)/etcdctl ## clusters of three: simulation, suites, etcd beside, power cuts, partitions (N=30000 differential operations, SEED=…)
+	$(MAKE) simulate N=10000
+	cd test/etcd && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m -skip '^TestEtcd$$' ./conformance
+	for processes in 1 3; do \
+		(cd test/etcd && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential \
+			-args -processes=$$processes -n=$(or $(N),30000) $(if $(SEED),-seed=$(SEED))); \
+	done
+	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./cluster
+	cd test/load && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 8m ./crash -args -cycles=20
+	$(MAKE) powercut N=15
+	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./partitions
+
+.PHONY: powercut
+powercut: build need-sqlite3 ## disks that forget what was not synced, that fail and that fill up, below one process and three (N=15 cuts a test, SEED=…)
+	cd test/etcd && $(if $(N),QUIRE_CUTS=$(N)) $(if $(SEED),QUIRE_SEED=$(SEED)) QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 ./powercut
+
+.PHONY: simulate
+simulate: ## simulated clusters: histories with faults from one seed each (N=10000, SEED=…)
+	QUIRE_SIMULATE=$(or $(N),10000) $(if $(SEED),QUIRE_SEED=$(SEED)) $(GO) test -count=1 -timeout 0 -run '^TestSimulation$$' -v ./sqlraft
 
 .PHONY: crash
 crash: build ## kill -9 under load, then look what is left (N=500 cycles, SEED=…)
@@ -175,6 +198,7 @@ test-all: ## everything: lint, verify, test, fuzz, long differential and crash r
 	$(MAKE) verify
 	$(MAKE) test
 	$(MAKE) test-postgres
+	$(MAKE) test-raft
 	$(MAKE) fuzz
 	$(MAKE) differential N=500000
 	$(MAKE) crash N=200
@@ -214,6 +238,10 @@ bench-scale: build $(PEERS)/etcd ## 1M keys with 3M revisions, then 20 GiB; writ
 .PHONY: bench-postgres
 bench-postgres: build $(PEERS)/etcd $(PEERS)/kine need-postgres ## one and three quires, and kine, on PostgreSQL, and etcd; writes docs/performance.md too (ARGS=-bloat: an hour of updates)
 	cd test/load && $(GO) run ./bench -postgres $(ARGS)
+
+.PHONY: bench-raft
+bench-raft: build $(PEERS)/etcd ## three members of quire against three of etcd; writes docs/performance.md too
+	cd test/load && $(GO) run ./bench -raft $(ARGS)
 
 .PHONY: profile
 profile: build ## where quire's CPU, allocations and waits go; writes docs/performance.md too (ARGS='-seconds 30s')

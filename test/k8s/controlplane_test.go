@@ -38,7 +38,7 @@ type controlPlane struct {
 	authority *authority
 
 	storeBinary  string
-	storage      string // the store's --storage; "" is its data directory
+	storage      string // the store's --storage; "" and onlyMember are its data directory
 	storeAddress string // host:port of its client URL
 	store        *process
 
@@ -122,13 +122,15 @@ func newControlPlane(t *testing.T, name string, number int, authority *authority
 	return cp
 }
 
+func (cp *controlPlane) isEtcd() bool { return filepath.Base(cp.storeBinary) == "etcd" }
+
 // startStore starts the store on its data directory, for the first time or
 // again, and waits until it reports that it is healthy.
 func (cp *controlPlane) startStore(t *testing.T) {
 	t.Helper()
 	client := "https://" + cp.storeAddress
-	// etcd listens for peers even when it is alone; quire takes the flags and
-	// does nothing with them.
+	// etcd listens for peers even when it is alone, as does a quire that is a
+	// member; any other takes the flags and does nothing with them.
 	peer := "http://" + freeAddress(t)
 	arguments := []string{
 		"--name=" + cp.name,
@@ -137,13 +139,15 @@ func (cp *controlPlane) startStore(t *testing.T) {
 		"--advertise-client-urls=" + client,
 		"--listen-peer-urls=" + peer,
 		"--initial-advertise-peer-urls=" + peer,
-		"--initial-cluster=" + cp.name + "=" + peer,
 		"--cert-file=" + cp.authority.file("store.crt"),
 		"--key-file=" + cp.authority.file("store.key"),
 		"--trusted-ca-file=" + cp.authority.file("ca.crt"),
 		"--client-cert-auth",
 	}
-	if cp.storage != "" {
+	switch {
+	case cp.isEtcd() || cp.storage == onlyMember:
+		arguments = append(arguments, "--initial-cluster="+cp.name+"="+peer)
+	case cp.storage != "":
 		arguments = append(arguments, "--storage="+cp.storage)
 	}
 	cp.store = startProcess(t, cp.name, filepath.Join(cp.dir, "store.log"), cp.storeBinary, nil, arguments)

@@ -6,7 +6,8 @@
 // TestKubernetes does not know what quire is: QUIRE_TEST_SERVER names the
 // server binary and bin/peers/etcd serves as well as bin/quire does. A claim
 // that etcd does not fulfil is a wrong claim. With QUIRE_STORAGE=postgres quire
-// keeps its data in a PostgreSQL server that the test starts.
+// keeps its data in a PostgreSQL server that the test starts, with
+// QUIRE_STORAGE=sqlraft it is the only member of a cluster.
 //
 // TestHighlyAvailable runs three kube-apiservers on three quires that share a
 // PostgreSQL server with a synchronous standby, and breaks one after the other.

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -175,11 +174,11 @@ func testSecondAPIServer(t *testing.T, cp *controlPlane) {
 // it. The store must not be running.
 func (cp *controlPlane) checkStore(t *testing.T) {
 	t.Helper()
-	if filepath.Base(cp.storeBinary) == "etcd" {
+	if cp.isEtcd() {
 		return // has no such command
 	}
 	where := "--data-dir=" + cp.storeDataDir()
-	if cp.storage != "" {
+	if cp.storage != "" && cp.storage != onlyMember {
 		where = "--storage=" + cp.storage
 	}
 	output, err := exec.CommandContext(t.Context(), cp.storeBinary, "check", where).CombinedOutput()

@@ -2,10 +2,12 @@ package conformance
 
 import (
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"golang.org/x/mod/semver"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -23,7 +25,11 @@ var maintenanceCases = []testCase{
 		if semver.Compare("v"+r.Version, "v3.7.0") < 0 {
 			x.Errorf("the version is %q, want 3.7.0 or later", r.Version)
 		}
-		equal(x, "the leader", r.Leader, r.Header.MemberId)
+		list, err := x.Cluster.MemberList(x.ctx, &pb.MemberListRequest{})
+		x.must(err, &pb.MemberListRequest{})
+		if !slices.ContainsFunc(list.Members, func(m *pb.Member) bool { return m.ID == r.Leader }) {
+			x.Errorf("the leader is %x, of the members %v", r.Leader, list.Members)
+		}
 		equal(x, "the term", r.RaftTerm, r.Header.RaftTerm)
 		equal(x, "a learner", r.IsLearner, false)
 		equal(x, "the quota", r.DbSizeQuota, 1<<30)
@@ -95,6 +101,61 @@ var maintenanceCases = []testCase{
 		_, err = x.Maintenance.Alarm(x.ctx, end)
 		x.must(err, end)
 		x.put("a", "")
+	}},
+
+	{name: "HashKV is a number that follows from the history alone", run: func(x *exam) {
+		ask := func(rev int64, hash uint32, compact int64) {
+			x.Helper()
+			r, err := x.Maintenance.HashKV(x.ctx, &pb.HashKVRequest{Revision: rev})
+			x.must(err, &pb.HashKVRequest{Revision: rev})
+			if rev == 0 {
+				rev = r.Header.Revision
+			}
+			if r.Hash != hash || r.CompactRevision != compact || r.HashRevision != rev || r.Header.GetMemberId() == 0 {
+				x.Errorf("the hash of revision %d, compacted at %d, is %v, want %d", rev, compact, r, hash)
+			}
+		}
+		ask(0, 1084519789, -1)
+		x.grant(7, 1000)
+		x.put("a", "1")
+		x.put("b", "")
+		x.txn(&pb.TxnRequest{Success: []*pb.RequestOp{putOp("c", ""), deleteOp("b", ""), putOp("a", "")}})
+		x.putRequest(&pb.PutRequest{Key: []byte("d\x00\xff"), Value: []byte("leased"), Lease: 7})
+		x.deleteRequest(&pb.DeleteRangeRequest{Key: []byte{0}, RangeEnd: []byte{0}})
+		x.put("a", "again")
+		x.delete("a")
+		x.put("c", "last")
+		for i, hash := range []uint32{1084519789, 2587454935, 2496657716, 1543696425, 2893221802, 3269532146, 1785341192, 1091550242, 3687456380} {
+			ask(int64(i+1), hash, -1)
+		}
+		ask(0, 3687456380, -1)
+		x.compact(4)
+		// Of the compaction revision itself etcd remembers, until it is restarted, what it was before.
+		for i, hash := range []uint32{1401271407, 1729103079, 610025639, 1345488207, 1452270188} {
+			ask(int64(i+5), hash, 4)
+		}
+		x.compact(6)
+		for i, hash := range []uint32{4214247573, 1514729167, 1996583395} {
+			ask(int64(i+7), hash, 6)
+		}
+		ask(0, 1996583395, 6)
+		ask(-1, 1084519789, 6)
+		for rev, want := range map[int64]error{1: rpctypes.ErrGRPCCompacted, 5: rpctypes.ErrGRPCCompacted, 10: rpctypes.ErrGRPCFutureRev} {
+			_, err := x.Maintenance.HashKV(x.ctx, &pb.HashKVRequest{Revision: rev})
+			x.wantError(err, want)
+		}
+	}},
+
+	{name: "Hash changes with the store", run: func(x *exam) {
+		seen := make(map[uint32]bool)
+		for range 5 {
+			x.put("a", "")
+			r, err := x.Maintenance.Hash(x.ctx, &pb.HashRequest{})
+			x.must(err, &pb.HashRequest{})
+			equal(x, "a hash that was there before", seen[r.Hash], false)
+			equal(x, "the revision", r.Header.GetRevision(), x.revision())
+			seen[r.Hash] = true
+		}
 	}},
 
 	{name: "the gRPC health service says SERVING for the server as a whole", run: func(x *exam) {

@@ -26,6 +26,7 @@ const (
 	opCancel      kind = "Watch cancel"
 	opProgress    kind = "Watch progress"
 	opClose       kind = "Watch close"
+	opHashKV      kind = "HashKV"
 )
 
 // operation is one step. Watch steps name the stream they go to; the number says nothing to the servers.

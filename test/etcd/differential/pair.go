@@ -276,6 +276,8 @@ func (d *side) call(o operation) answer {
 		m, err = s.Lease.LeaseTimeToLive(ctx, r)
 	case *pb.LeaseLeasesRequest:
 		m, err = s.Lease.LeaseLeases(ctx, r)
+	case *pb.HashKVRequest:
+		m, err = s.Maintenance.HashKV(ctx, r)
 	case *pb.LeaseKeepAliveRequest:
 		k := d.keepAlives[d.renewals%len(d.keepAlives)]
 		d.renewals++

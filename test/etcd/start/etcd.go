@@ -18,8 +18,13 @@ import (
 // there is any and without fsync: the tests ask what it answers, not what it survives.
 func Etcd(t testing.TB, o Options) *Server {
 	t.Helper()
-	dir := tempDir(t)
-	log := filepath.Join(dir, "etcd.log")
+	return EtcdIn(t, filepath.Join(tempDir(t), "data"), o)
+}
+
+// EtcdIn is Etcd with a data directory of the caller, which may be that of an etcd that was stopped.
+func EtcdIn(t testing.TB, dataDir string, o Options) *Server {
+	t.Helper()
+	log := filepath.Join(tempDir(t), "etcd.log")
 	out, err := os.Create(log)
 	if err != nil {
 		t.Fatal(err)
@@ -32,7 +37,7 @@ func Etcd(t testing.TB, o Options) *Server {
 	const attempts = 5
 	for attempt := 1; ; attempt++ {
 		address := FreeAddress(t)
-		e, err := embed.StartEtcd(etcdConfig(t, o, dir, address, out))
+		e, err := embed.StartEtcd(etcdConfig(o, dataDir, address, out))
 		if err != nil {
 			// Only the port may be the reason to try again: it was free a moment ago.
 			if attempt < attempts && strings.Contains(err.Error(), "address already in use") {
@@ -40,7 +45,8 @@ func Etcd(t testing.TB, o Options) *Server {
 			}
 			t.Fatalf("start etcd: %v", err)
 		}
-		t.Cleanup(e.Close)
+		stop := sync.OnceFunc(e.Close)
+		t.Cleanup(stop)
 		select {
 		case <-e.Server.ReadyNotify():
 		case err := <-e.Err():
@@ -48,20 +54,19 @@ func Etcd(t testing.TB, o Options) *Server {
 		case <-time.After(60 * time.Second):
 			t.Fatal("etcd was not ready after 60s")
 		}
-		s := &Server{Name: "etcd", Address: address}
+		s := &Server{Name: "etcd", Address: address, stop: stop}
 		s.dial(t, nil)
 		return s
 	}
 }
 
-func etcdConfig(t testing.TB, o Options, dir, address string, log zapcore.WriteSyncer) *embed.Config {
-	t.Helper()
+func etcdConfig(o Options, dataDir, address string, log zapcore.WriteSyncer) *embed.Config {
 	client := url.URL{Scheme: "http", Host: address}
 	// The peer listener must exist but nobody calls it: any port.
 	peer := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
 
 	c := embed.NewConfig()
-	c.Dir = filepath.Join(dir, "etcd-"+client.Port())
+	c.Dir = dataDir
 	c.ListenClientUrls = []url.URL{client}
 	c.AdvertiseClientUrls = []url.URL{client}
 	c.ListenPeerUrls = []url.URL{peer}

@@ -20,7 +20,7 @@ import (
 // readyLine is part of the log line that etcd and quire print when clients may come.
 const readyLine = "ready to serve client requests"
 
-// Process is one run of the quire binary.
+// Process is one run of the quire binary, or of another program.
 type Process struct {
 	Args []string
 	Log  string // file with everything it printed, stdout and stderr
@@ -107,9 +107,15 @@ func quireFlags(o Options) []string {
 // the test ends, if it still runs. Its output is shown when the test has failed.
 func Run(t testing.TB, env []string, args ...string) *Process {
 	t.Helper()
+	return RunProgram(t, Binary(t), env, args...)
+}
+
+// RunProgram is Run with another program, which has to print the ready line too.
+func RunProgram(t testing.TB, program string, env []string, args ...string) *Process {
+	t.Helper()
 	p := &Process{
 		Args:   args,
-		Log:    filepath.Join(tempDir(t), "quire.log"),
+		Log:    filepath.Join(tempDir(t), filepath.Base(program)+".log"),
 		exited: make(chan struct{}),
 		ready:  make(chan struct{}),
 	}
@@ -117,7 +123,7 @@ func Run(t testing.TB, env []string, args ...string) *Process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.cmd = exec.Command(Binary(t), args...)
+	p.cmd = exec.Command(program, args...)
 	p.cmd.SysProcAttr = noOrphan
 	p.cmd.Env = append(os.Environ(), env...)
 	w := &watchedWriter{file: out, ready: p.ready}
@@ -133,7 +139,7 @@ func Run(t testing.TB, env []string, args ...string) *Process {
 	}()
 	t.Cleanup(func() {
 		p.Kill()
-		showLog(t, "quire", p.Log)
+		showLog(t, filepath.Base(program), p.Log)
 	})
 	return p
 }
@@ -170,9 +176,9 @@ func (p *Process) WaitReady(limit time.Duration) error {
 	case <-p.ready:
 		return nil
 	case <-p.exited:
-		return fmt.Errorf("quire ended with %v before it was ready", p.state)
+		return fmt.Errorf("%s ended with %v before it was ready", filepath.Base(p.cmd.Path), p.state)
 	case <-time.After(limit):
-		return fmt.Errorf("quire did not print %q within %v", readyLine, limit)
+		return fmt.Errorf("%s did not print %q within %v", filepath.Base(p.cmd.Path), readyLine, limit)
 	}
 }
 
@@ -215,7 +221,7 @@ func (p *Process) Wait(limit time.Duration) (int, error) {
 	case <-p.exited:
 		return p.state.ExitCode(), nil
 	case <-time.After(limit):
-		return 0, fmt.Errorf("quire still ran after %v", limit)
+		return 0, fmt.Errorf("%s still ran after %v", filepath.Base(p.cmd.Path), limit)
 	}
 }
 

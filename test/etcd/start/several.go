@@ -1,40 +1,113 @@
 package start
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 )
 
-// Several starts n quire processes on one Postgres database, which to their clients are one server: every call and
-// every stream goes to one of them, drawn at random. Address and URL are those of the first. It needs
-// QUIRE_STORAGE=postgres.
+// Several starts n quire processes on one Postgres database, or as one cluster, which to their clients are one server: every
+// call and every stream goes to one of them, drawn at random. Address and URL are those of the first. It needs
+// QUIRE_STORAGE=postgres or sqlraft.
 func Several(n int) Func {
 	return func(t testing.TB, o Options) *Server {
 		t.Helper()
-		if !OnPostgres(t) {
-			t.Fatal("several quires on one store need QUIRE_STORAGE=postgres")
-		}
-		dir := tempDir(t)
 		s := &Server{spread: new(spread)}
 		s.DrawFrom(1)
-		database := filepath.Join(dir, "data")
-		for range n {
-			p := QuireIn(t, database, o)
-			s.Processes = append(s.Processes, p)
-			s.spread.processes = append(s.spread.processes, p)
+		switch {
+		case OnPostgres(t):
+			database := filepath.Join(tempDir(t), "data")
+			for range n {
+				s.Processes = append(s.Processes, QuireIn(t, database, o))
+			}
+		case OnRaft(t):
+			s.Processes = members(t, n, o)
+		default:
+			t.Fatal("several quires with the same data need QUIRE_STORAGE=postgres or sqlraft")
+		}
+		s.spread.processes = s.Processes
+		if OnRaft(t) {
+			status, err := pb.NewMaintenanceClient(s.Processes[0].Conn).Status(t.Context(), &pb.StatusRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.spread.member = status.Header.MemberId
 		}
 		first := s.Processes[0]
 		s.Name, s.Address, s.Process = fmt.Sprintf("%d quires", n), first.Address, first.Process
 		s.connect(s.spread)
 		return s
+	}
+}
+
+// members starts a cluster, again where another program took one of its addresses meanwhile.
+func members(t testing.TB, n int, o Options) []*Server {
+	t.Helper()
+	const attempts = 5
+	for attempt := 1; ; attempt++ {
+		all, failed := tryMembers(t, n, o)
+		if failed == nil {
+			for _, s := range all {
+				t.Cleanup(func() { s.Process.stopCleanly(t) })
+				s.dial(t, nil)
+			}
+			return all
+		}
+		taken := false
+		for _, s := range all {
+			s.Process.Kill()
+			taken = taken || strings.Contains(s.Process.Output(), "address already in use")
+		}
+		if !taken || attempt == attempts {
+			t.Fatalf("start a cluster of quires: %v", failed)
+		}
+	}
+}
+
+func tryMembers(t testing.TB, n int, o Options) (all []*Server, err error) {
+	t.Helper()
+	name := func(i int) string { return fmt.Sprintf("n%d", i+1) }
+	var peers, cluster []string
+	for i := range n {
+		peers = append(peers, FreeAddress(t))
+		cluster = append(cluster, name(i)+"=http://"+peers[i])
+	}
+	dir := tempDir(t)
+	for i := range n {
+		address := FreeAddress(t)
+		args := append([]string{
+			"--data-dir=" + filepath.Join(dir, name(i)),
+			"--listen-client-urls=http://" + address,
+			"--advertise-client-urls=http://" + address,
+		}, quireFlags(o)...)
+		p := Run(t, nil, append(args, memberFlags(name(i), peers[i], strings.Join(cluster, ","))...)...)
+		all = append(all, &Server{Name: "quire", Address: address, Process: p})
+	}
+	for _, s := range all {
+		// Only a majority is ready.
+		if err := s.Process.WaitReady(60 * time.Second); err != nil {
+			return all, fmt.Errorf("%w\n%s", err, s.Process.Output())
+		}
+	}
+	return all, nil
+}
+
+// memberFlags make a quire a member; an empty cluster is that of this member alone.
+func memberFlags(name, peer, cluster string) []string {
+	url := "http://" + peer
+	return []string{
+		"--name=" + name, "--listen-peer-urls=" + url, "--initial-advertise-peer-urls=" + url,
+		"--initial-cluster=" + cmp.Or(cluster, name+"="+url),
 	}
 }
 
@@ -63,6 +136,8 @@ func (s *Server) catchUp(ctx context.Context) error {
 // to catch up first.
 type spread struct {
 	processes []*Server
+	// member stands in every header, whoever of a cluster has answered; 0: as it was answered.
+	member uint64
 
 	mu sync.Mutex
 	r  *rand.Rand
@@ -82,7 +157,21 @@ func (s *spread) Invoke(ctx context.Context, method string, request, response an
 			return err
 		}
 	}
-	return p.Conn.Invoke(ctx, method, request, response, opts...)
+	err := p.Conn.Invoke(ctx, method, request, response, opts...)
+	s.name(response)
+	return err
+}
+
+// name puts the one member id into a header.
+func (s *spread) name(response any) {
+	if r, ok := response.(interface{ GetHeader() *pb.ResponseHeader }); ok && s.member != 0 {
+		if h := r.GetHeader(); h.GetMemberId() != 0 {
+			h.MemberId = s.member
+		}
+	}
+	if r, ok := response.(*pb.RangeStreamResponse); ok {
+		s.name(r.GetRangeResponse())
+	}
 }
 
 // NewStream implements grpc.ClientConnInterface. A stream stays with its process.
@@ -92,12 +181,22 @@ func (s *spread) NewStream(ctx context.Context, desc *grpc.StreamDesc, method st
 	if err != nil {
 		return nil, err
 	}
-	return &spreadStream{ClientStream: stream, process: p}, nil
+	return &spreadStream{ClientStream: stream, process: p, spread: s}, nil
 }
 
 type spreadStream struct {
 	grpc.ClientStream
 	process *Server
+	spread  *spread
+}
+
+// RecvMsg implements grpc.ClientStream.
+func (s *spreadStream) RecvMsg(response any) error {
+	err := s.ClientStream.RecvMsg(response)
+	if err == nil {
+		s.spread.name(response)
+	}
+	return err
 }
 
 // SendMsg implements grpc.ClientStream.

@@ -47,6 +47,7 @@ type Server struct {
 
 	// Process is the quire process; nil for etcd.
 	Process *Process
+	stop    func() // of etcd
 
 	// Processes are the servers that Several has made one of; nil for others.
 	Processes []*Server
@@ -80,6 +81,16 @@ func (s *Server) Client(t testing.TB) *clientv3.Client {
 	}
 	t.Cleanup(func() { c.Close() })
 	return c
+}
+
+// Stop ends the server as its operator would, before the test ends. It is not for one made by Several.
+func (s *Server) Stop(t testing.TB) {
+	t.Helper()
+	if s.stop != nil {
+		s.stop()
+		return
+	}
+	s.Process.stopCleanly(t)
 }
 
 // dial connects the stubs. A nil config is plain text. It does not wait for the connection.

@@ -14,23 +14,36 @@ import (
 // a file ("sqlite" or nothing).
 func OnPostgres(t testing.TB) bool {
 	t.Helper()
-	switch s := os.Getenv("QUIRE_STORAGE"); s {
-	case "", "sqlite":
-		return false
-	case "postgres":
-		return true
+	return storage(t) == "postgres"
+}
+
+// OnRaft says whether the quires under test are members of a cluster ($QUIRE_STORAGE is "sqlraft").
+func OnRaft(t testing.TB) bool {
+	t.Helper()
+	return storage(t) == "sqlraft"
+}
+
+func storage(t testing.TB) string {
+	t.Helper()
+	s := os.Getenv("QUIRE_STORAGE")
+	switch s {
+	case "", "sqlite", "postgres", "sqlraft":
 	default:
-		t.Fatalf("QUIRE_STORAGE is %q; it may be sqlite or postgres", s)
-		return false
+		t.Fatalf("QUIRE_STORAGE is %q; it may be sqlite, postgres or sqlraft", s)
 	}
+	return s
 }
 
 // StorageFlags are the flags of a quire that has its data where the tests want it: none for a file, which lies in
-// dataDir, and on Postgres a database that belongs to dataDir. Whoever starts on the same dataDir again, or
+// dataDir; for a cluster those of its only member; and on Postgres a database that belongs to dataDir. Whoever starts on the same dataDir again, or
 // a second time beside the first, gets the same database. When the test ends it must be sound (quire check), and is dropped.
 func StorageFlags(t testing.TB, dataDir string) []string {
 	t.Helper()
-	if !OnPostgres(t) {
+	switch storage(t) {
+	case "postgres":
+	case "sqlraft":
+		return memberFlags("default", FreeAddress(t), "")
+	default:
 		return nil
 	}
 	return []string{"--storage=" + server(t).DSN(database(t, dataDir), postgres.Superuser)}

@@ -17,7 +17,7 @@ var (
 )
 
 // TestNothingAcknowledgedIsLost is the crash test: see the package's comment. QUIRE_BIN names another binary than
-// bin/quire; one that is called etcd is taken for etcd itself.
+// bin/quire; one that is called etcd is taken for etcd itself. With QUIRE_STORAGE=sqlraft quire is the only member of a cluster.
 func TestNothingAcknowledgedIsLost(t *testing.T) {
 	binary := os.Getenv("QUIRE_BIN")
 	if binary == "" {
@@ -30,8 +30,12 @@ func TestNothingAcknowledgedIsLost(t *testing.T) {
 	if _, err := os.Stat(binary); err != nil {
 		t.Fatalf("no server to kill: %v (build it with `make build`, or name one in QUIRE_BIN)", err)
 	}
+	storage := os.Getenv("QUIRE_STORAGE")
+	if storage != "" && storage != "sqlraft" {
+		t.Fatalf("QUIRE_STORAGE is %q; it may be sqlraft", storage)
+	}
 	o := options{
-		binary: binary, isEtcd: filepath.Base(binary) == "etcd", cycles: *cycles, seed: *seed, checkEvery: *checkEvery, logf: t.Logf,
+		binary: binary, isMember: storage == "sqlraft", isEtcd: filepath.Base(binary) == "etcd", cycles: *cycles, seed: *seed, checkEvery: *checkEvery, logf: t.Logf,
 	}
 	if o.seed == 0 {
 		o.seed = rand.Uint64()

@@ -61,11 +61,15 @@ const (
 type options struct {
 	binary     string
 	isEtcd     bool // the reference: has no check command, starts leases anew at a restart
+	isMember   bool // of a cluster, the only one: its leases do not age while nobody leads
 	cycles     int
 	seed       uint64
 	checkEvery int // run `check` on the database before every n-th restart
 	logf       func(format string, args ...any)
 }
+
+// keepsDeadlines says whether a lease ends when it would have without the kills.
+func (o *options) keepsDeadlines() bool { return !o.isEtcd && !o.isMember }
 
 // run is one server, its clients and the model, over all cycles.
 type run struct {
@@ -106,6 +110,9 @@ func newRun(o options) (*run, error) {
 	}
 	if spec.Peer, err = proc.FreeAddr(); err != nil {
 		return nil, err
+	}
+	if o.isMember {
+		spec.Cluster = "one=http://" + spec.Peer
 	}
 	r := &run{
 		o: o, rng: rand.New(rand.NewPCG(o.seed, 0)), spec: spec, died: map[manner]int{},
@@ -506,7 +513,7 @@ func (r *run) verifyLeases(ctx context.Context) error {
 		return err
 	}
 	// etcd gives every lease its whole TTL again when it starts; here the deadline counts.
-	if late := r.model.leases.overdue(listed); !r.o.isEtcd && late > overdueLimit {
+	if late := r.model.leases.overdue(listed); r.o.keepsDeadlines() && late > overdueLimit {
 		return fmt.Errorf("a lease has been due for %s and is still there", late)
 	}
 	for _, l := range alive {
@@ -531,7 +538,7 @@ func (r *run) verifyLease(ctx context.Context, l *lease) error {
 		return fmt.Errorf("it was granted for %d s, the server says %d s and %d s left", granted, ttl.GrantedTTL, ttl.TTL)
 	}
 	// A second for rounding. etcd begins anew at a restart, see above.
-	if most := l.ttl - asked.Sub(l.latest) + time.Second; !r.o.isEtcd && time.Duration(ttl.TTL)*time.Second > most {
+	if most := l.ttl - asked.Sub(l.latest) + time.Second; r.o.keepsDeadlines() && time.Duration(ttl.TTL)*time.Second > most {
 		return fmt.Errorf("its deadline did not survive the restart: %d s left, %s at most are right", ttl.TTL, most)
 	}
 	want := r.model.sorted(func(kv *mvccpb.KeyValue) bool { return kv.Lease == l.id })

@@ -32,7 +32,8 @@ type Spec struct {
 	Addr   string // host:port the clients use
 	Peer   string // host:port for etcd's peers; unused by kine
 	Name   string // of the member; empty: one
-	// Cluster is --initial-cluster; empty: this member alone.
+	// Cluster is --initial-cluster; empty: etcd is a member alone, and quire has plain SQLite, as it would be a member too
+	// if the flag were there.
 	Cluster string
 	Flags   []string // further arguments, appended last
 	Env     []string // further environment, KEY=value
@@ -106,16 +107,19 @@ func (s Spec) args() ([]string, error) {
 	case "etcd", "quire":
 		client, peer := "http://"+s.Addr, "http://"+s.Peer
 		name := cmp.Or(s.Name, "one")
-		return append([]string{
+		args := []string{
 			"--name=" + name,
 			"--data-dir=" + s.DataDir(),
 			"--listen-client-urls=" + client,
 			"--advertise-client-urls=" + client,
 			"--listen-peer-urls=" + peer,
 			"--initial-advertise-peer-urls=" + peer,
-			"--initial-cluster=" + cmp.Or(s.Cluster, name+"="+peer),
 			"--log-level=warn",
-		}, s.Flags...), nil
+		}
+		if s.Kind == "etcd" || s.Cluster != "" {
+			args = append(args, "--initial-cluster="+cmp.Or(s.Cluster, name+"="+peer))
+		}
+		return append(args, s.Flags...), nil
 	case "kine":
 		// Without --endpoint kine opens ./db/state.db with its default parameters, below its working directory.
 		return append([]string{"--listen-address=" + s.Addr, "--metrics-bind-address=0"}, s.Flags...), nil
