@@ -40,6 +40,8 @@ func Exercise(t *testing.T, begin start.Func) {
 		{"Lease", leaseCases},
 		{"Maintenance", maintenanceCases},
 		{"Cluster", clusterCases},
+		{"Lock", lockCases},
+		{"Election", electionCases},
 		{"HTTP", httpCases},
 		{"Errors", errorCases},
 	} {
