@@ -25,6 +25,7 @@ type clients struct {
 	http      *http.Server
 	metrics   *http.Server
 	queues    []*connQueue
+	gateway   *gateway // nil: none
 
 	// failed receives the first error that ends one of the servers.
 	failed chan error
@@ -36,11 +37,15 @@ type clientOptions struct {
 	TLS                  *tlsStore
 	GRPC                 *grpc.Server // made with doorCredentials
 	Handler, Metrics     http.Handler
+	Gateway              *gateway // is closed with the servers; nil: none
 	MaxConcurrentStreams uint32
 }
 
 func newClients(lg *zap.Logger, o clientOptions) *clients {
-	c := &clients{lg: lg, tls: o.TLS, grpc: o.GRPC, failed: make(chan error, 1)}
+	c := &clients{lg: lg, tls: o.TLS, grpc: o.GRPC, gateway: o.Gateway, failed: make(chan error, 1)}
+	if c.gateway != nil {
+		c.run(func() error { return c.grpc.Serve(c.gateway.listener) })
+	}
 	newHTTP := func(h http.Handler) *http.Server {
 		s := &http.Server{
 			Handler:           fillTLS(h),
@@ -134,15 +139,26 @@ func (c *clients) stopAccepting() {
 func (c *clients) close(grace time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), grace)
 	defer cancel()
-	var wg sync.WaitGroup
-	for _, s := range []*http.Server{c.http, c.metrics} {
-		wg.Go(func() {
+	servers := []*http.Server{c.http, c.metrics}
+	var wg, pages sync.WaitGroup
+	for _, s := range servers {
+		pages.Go(func() {
 			if s.Shutdown(ctx) != nil {
 				// Only because time is up. Close's error is about listeners, which are closed.
 				_ = s.Close()
 			}
 		})
 	}
+	wg.Go(func() {
+		pages.Wait()
+		if c.gateway == nil {
+			return
+		}
+		// The gRPC server waits for this connection to end.
+		if err := c.gateway.close(); err != nil {
+			c.lg.Warn("closing the connection of the JSON gateway", zap.Error(err))
+		}
+	})
 	wg.Go(func() {
 		stopped := make(chan struct{})
 		go func() {

@@ -54,8 +54,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	// Security.
 	str("client-cert-file", "")
 	str("client-key-file", "")
-	str("cors", "*")
-	str("host-whitelist", "*")
 
 	// Auth.
 	str("auth-token", "simple")
@@ -72,7 +70,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	integer("distributed-tracing-sampling-rate", 0)
 
 	// Features.
-	boolean("enable-grpc-gateway", true)
 	integer("compaction-batch-limit", 0)
 	duration("compaction-sleep-interval", 0)
 	duration("downgrade-check-time", 5*time.Second)

@@ -58,6 +58,8 @@ type config struct {
 
 	MaxRequestBytes             uint
 	MaxTxnOps                   uint
+	EnableGateway               bool
+	CORS, HostWhitelist         []string
 	MaxConcurrentStreams        uint32
 	QuotaBackendBytes           int64
 	ValueCacheBytes             int64
@@ -153,6 +155,10 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.UintVar(&c.SelfSignedCertValidity, "self-signed-cert-validity", 1, "Validity of generated certificates, in years.")
 
 	fs.UintVar(&c.MaxRequestBytes, "max-request-bytes", defaultMaxRequestBytes, "Largest client request accepted, in bytes.")
+	fs.BoolVar(&c.EnableGateway, "enable-grpc-gateway", true, "Serve the API as JSON over HTTP, below /v3/.")
+	c.CORS, c.HostWhitelist = []string{"*"}, []string{"*"}
+	fs.Var((*commaList)(&c.CORS), "cors", "Comma-separated origins whose web pages may use the HTTP endpoints (empty or *: all).")
+	fs.Var((*commaList)(&c.HostWhitelist), "host-whitelist", "Comma-separated host names that HTTP requests without TLS may be for (empty or *: all).")
 	fs.UintVar(&c.MaxTxnOps, "max-txn-ops", defaultMaxTxnOps, "Largest number of operations in a transaction.")
 	fs.Uint32Var(&c.MaxConcurrentStreams, "max-concurrent-streams", defaultMaxConcurrentStreams, "Streams that one client connection may have open at a time.")
 	fs.Int64Var(&c.QuotaBackendBytes, "quota-backend-bytes", 0, "Size at which the NOSPACE alarm is raised, in bytes (0: 2 GiB; negative: none).")

@@ -131,9 +131,12 @@ func removeStaleSocket(path string) error {
 }
 
 // clientHandler adds to api what is not etcd's API: /debug/vars always, profiles when asked for, as in etcd.
-func clientHandler(api http.Handler, profiles bool) http.Handler {
+func clientHandler(api http.Handler, gate *gateway, profiles bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", api)
+	if gate != nil {
+		mux.Handle("/v3/", gate)
+	}
 	mux.Handle("/debug/vars", expvar.Handler())
 	if profiles {
 		mux.HandleFunc("/debug/pprof/", pprof.Index)

@@ -135,8 +135,17 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		lg.Info("pprof is enabled", zap.String("path", "/debug/pprof"))
 	}
 	handler := api.HTTPHandler()
+	var gate *gateway
+	if c.EnableGateway {
+		if gate, err = newGateway(lg); err != nil {
+			return err
+		}
+	}
+	access := etcdapi.Access{Origins: c.CORS, Hosts: c.HostWhitelist, Rejected: func(host string) {
+		lg.Warn("rejecting HTTP request to prevent DNS rebinding attacks", zap.String("host", host))
+	}}
 	cl := newClients(lg, clientOptions{
-		TLS: certs, GRPC: server, Handler: clientHandler(handler, profiles), Metrics: metricsHandler(handler),
+		TLS: certs, GRPC: server, Handler: access.Handler(clientHandler(handler, gate, profiles)), Metrics: metricsHandler(handler), Gateway: gate,
 		MaxConcurrentStreams: c.MaxConcurrentStreams,
 	})
 	// Only now the ports: whoever can connect is answered. Probes at once, as in etcd, so that nobody restarts a member

@@ -42,6 +42,7 @@ func Exercise(t *testing.T, begin start.Func) {
 		{"Cluster", clusterCases},
 		{"Lock", lockCases},
 		{"Election", electionCases},
+		{"Gateway", gatewayCases},
 		{"HTTP", httpCases},
 		{"Errors", errorCases},
 	} {
