@@ -617,3 +617,44 @@ func TestHowLongALeaderIsWaitedFor(t *testing.T) {
 		}
 	}
 }
+
+// TestAFailedDownloadIsTriedAgainLater: the longer, the more often it has failed.
+func TestAFailedDownloadIsTriedAgainLater(t *testing.T) {
+	s := newCoreTest(t)
+	s.follow(2)
+	data, err := json.Marshal(&snapshotNotice{Name: "a", Size: 1, Members: threeMembers()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	offer := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), Term: new(uint64(2)), Snapshot: &raftpb.Snapshot{Data: data,
+		Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(50)), Term: new(uint64(2)), ConfState: confStateOf(threeMembers())}}}
+	last := 0
+	for try := range 12 {
+		s.receive(2, offer)
+		if s.c.copies.fetching == nil {
+			t.Fatalf("try %d is not made", try)
+		}
+		s.c.downloaded("", errors.New("broken"))
+		waited := 0
+		for s.take(); s.c.copies.fetching != nil; waited++ {
+			if s.receive(2, offer); waited > 100*testElection {
+				t.Fatal("it is never tried again")
+			}
+			s.ticks(1)
+		}
+		failed := false
+		for _, p := range s.take() {
+			failed = failed || p.to == 2 && p.message.GetType() == raftpb.MsgSnapStatus && p.message.GetReject()
+		}
+		if !failed {
+			t.Errorf("try %d: the leader is not told that it may offer the copy again", try)
+		}
+		if waited < last || waited > 10*testElection {
+			t.Errorf("after try %d it waits for %d ticks, before for %d", try, waited, last)
+		}
+		last = waited
+	}
+	if last != 10*testElection {
+		t.Errorf("in the end it waits for %d ticks", last)
+	}
+}

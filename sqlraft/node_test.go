@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -705,4 +706,21 @@ func TestAMemberThatJoinsIsStartedAgain(t *testing.T) {
 	joins.start(func(o *Options) { o.Membership = backend.Membership{} })
 	c.leader().mustWrite("two")
 	c.same(2)
+}
+
+// TestWhatIsLeftOfACopyGoes once the log goes on without it.
+func TestWhatIsLeftOfACopyGoes(t *testing.T) {
+	c := newNodeCluster(t, 3, Options{})
+	var parts []string
+	for _, m := range c.members {
+		parts = append(parts, filepath.Join(m.dir, "quire.db.install.0123456789abcdef.part"))
+		if err := os.WriteFile(parts[len(parts)-1], nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.startAll()
+	c.leader().mustWrite("one")
+	until(t, "no part is left", func() bool {
+		return !slices.ContainsFunc(parts, func(p string) bool { _, err := os.Stat(p); return err == nil })
+	})
 }
