@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -158,11 +159,8 @@ func (db *DB) submit(ctx context.Context, p *pending) error {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for i, o := range q.items {
-		if o == p {
-			q.items = append(q.items[:i], q.items[i+1:]...)
-			break
-		}
+	if i := slices.Index(q.items, p); i >= 0 {
+		q.items = slices.Delete(q.items, i, i+1)
 	}
 	return ctx.Err()
 }

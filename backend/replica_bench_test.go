@@ -138,7 +138,10 @@ func BenchmarkReplicaPut(b *testing.B) {
 func BenchmarkReplicaSnapshot(b *testing.B) {
 	mib := 1024
 	if s := os.Getenv("QUIRE_BENCH_MIB"); s != "" {
-		mib, _ = strconv.Atoi(s)
+		var err error
+		if mib, err = strconv.Atoi(s); err != nil {
+			b.Fatal(err)
+		}
 	}
 	db, _ := openPipeline(b, filepath.Join(b.TempDir(), "quire.db"), 200*time.Microsecond, 200*time.Microsecond)
 	fillBench(b, db, mib*256, 4<<10)

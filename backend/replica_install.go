@@ -227,7 +227,7 @@ func moveFile(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
 	}
-	return syncDirectory(filepath.Dir(to))
+	return SyncDirectory(filepath.Dir(to))
 }
 
 // removeFile removes a file, durably, if it is there.
@@ -237,7 +237,7 @@ func removeFile(path string) error {
 	} else if err != nil {
 		return err
 	}
-	return syncDirectory(filepath.Dir(path))
+	return SyncDirectory(filepath.Dir(path))
 }
 
 // refuseMember returns an error for the file of a member of a cluster.

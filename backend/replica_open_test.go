@@ -87,7 +87,7 @@ func TestAReaderKeepsNoReplicaFromStarting(t *testing.T) {
 func TestReplicaInstallsBesideTheFileItself(t *testing.T) {
 	shm, err := os.MkdirTemp("/dev/shm", "install")
 	if err != nil {
-		t.Skip(err)
+		t.Skipf("needs a second file system, at /dev/shm: %v", err)
 	}
 	defer func() { mustDo(t, os.RemoveAll(shm)) }()
 	source := testPath(t)

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -73,11 +74,8 @@ func (db *DB) propose(ctx context.Context, p *pending) error {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for i, o := range q.waiting {
-		if o == p {
-			q.waiting = append(q.waiting[:i], q.waiting[i+1:]...)
-			break
-		}
+	if i := slices.Index(q.waiting, p); i >= 0 {
+		q.waiting = slices.Delete(q.waiting, i, i+1)
 	}
 	return ctx.Err()
 }

@@ -147,7 +147,7 @@ func openLockedFile(ctx context.Context, path string, lock *fileLock, pragmas st
 		return nil, explainOpenError(path, err)
 	}
 	// The names of the database, its WAL and its lock file.
-	if err := syncDirectory(filepath.Dir(path)); err != nil {
+	if err := SyncDirectory(filepath.Dir(path)); err != nil {
 		return nil, explainFileError(filepath.Dir(path), err)
 	}
 	return f, nil
@@ -159,7 +159,7 @@ func locateFile(path string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("database path: %w", err)
 	}
-	if err := makeDirectory(filepath.Dir(path)); err != nil {
+	if err := MakeDirectory(filepath.Dir(path)); err != nil {
 		return "", explainFileError(filepath.Dir(path), err)
 	}
 	directory, err := filepath.EvalSymlinks(filepath.Dir(path))
@@ -211,8 +211,8 @@ func replacedFile(link string) (string, error) {
 	return target, nil
 }
 
-// makeDirectory is os.MkdirAll that also makes the new names durable.
-func makeDirectory(directory string) error {
+// MakeDirectory is os.MkdirAll, with mode 0700, that also makes the new names durable.
+func MakeDirectory(directory string) error {
 	var missing []string // innermost first
 	for at := directory; ; at = filepath.Dir(at) {
 		_, err := os.Stat(at)
@@ -228,14 +228,15 @@ func makeDirectory(directory string) error {
 		return err
 	}
 	for _, created := range missing {
-		if err := syncDirectory(filepath.Dir(created)); err != nil {
+		if err := SyncDirectory(filepath.Dir(created)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func syncDirectory(directory string) error {
+// SyncDirectory makes durable which names are in a directory.
+func SyncDirectory(directory string) error {
 	d, err := os.Open(directory)
 	if err != nil {
 		return err

@@ -5,8 +5,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"syscall"
+
+	"github.com/quire-db/quire/backend"
 )
 
 // disk is the file layer under the log: osDisk, and in the tests one in memory that forgets what was not synced.
@@ -54,28 +54,7 @@ func (d osDisk) segmentBytes() int64 {
 	return 64 << 20
 }
 
-func (d osDisk) makeDirectory(dir string) error {
-	var missing []string // innermost first
-	for at := dir; ; at = filepath.Dir(at) {
-		_, err := os.Stat(at)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, fs.ErrNotExist) || at == filepath.Dir(at) {
-			return err
-		}
-		missing = append(missing, at)
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	for _, made := range missing {
-		if err := d.syncDirectory(filepath.Dir(made)); err != nil {
-			return err
-		}
-	}
-	return nil
-}
+func (osDisk) makeDirectory(dir string) error { return backend.MakeDirectory(dir) }
 
 func (osDisk) list(dir string) ([]string, error) {
 	entries, err := os.ReadDir(dir)
@@ -112,17 +91,7 @@ func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
 
 func (osDisk) remove(path string) error { return os.Remove(path) }
 
-func (osDisk) syncDirectory(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTSUP) {
-		err = nil // a file system that has no sync for directories keeps names durable by itself
-	}
-	return errors.Join(err, d.Close())
-}
+func (osDisk) syncDirectory(dir string) error { return backend.SyncDirectory(dir) }
 
 type osFile struct{ f *os.File }
 

@@ -13,7 +13,7 @@ import (
 func TestLogOnAFullDisk(t *testing.T) {
 	dir := t.TempDir()
 	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=256k"); err != nil {
-		t.Skipf("no small file system to fill: %v", err)
+		t.Skipf("needs the right to mount a small tmpfs (root): %v", err)
 	}
 	t.Cleanup(func() { must(t, syscall.Unmount(dir, 0)) })
 	d := osDisk{segment: 64 << 10}

@@ -23,7 +23,7 @@ func leaveCluster(ctx context.Context, c *config, watch *storageWatch) (err erro
 		// Then the log goes, before anything else: it must not be applied once more to what has left it.
 		err := db.Sync()
 		if err == nil {
-			err = errors.Join(os.Rename(c.raftDir(), c.leftDir()), syncDir(filepath.Dir(c.raftDir())))
+			err = errors.Join(os.Rename(c.raftDir(), c.leftDir()), backend.SyncDirectory(filepath.Dir(c.raftDir())))
 		}
 		if err != nil {
 			return errors.Join(err, db.Close())
@@ -56,13 +56,4 @@ func appliedAlone(ctx context.Context, c *config, watch *storageWatch) (*backend
 		return nil, errors.Join(err, st.db.Close())
 	}
 	return st.db, nil
-}
-
-// syncDir makes durable which names are in dir.
-func syncDir(dir string) error {
-	d, err := os.Open(filepath.Clean(dir))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
