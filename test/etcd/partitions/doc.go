@@ -16,5 +16,5 @@
 // tries the tests on etcd. QUIRE_SEED repeats a run's draws (not its timing), QUIRE_MINUTES is how long TestRandomFaults
 // runs, and QUIRE_ARTIFACTS names a directory that keeps the logs, and the data of tests that failed.
 //
-// They need Linux and root and are skipped elsewhere.
+// They need Linux and root. Without root they fail, unless QUIRE_NO_NAMESPACES=1 says that they may be skipped.
 package partitions
