@@ -130,21 +130,41 @@ func chargeOps(ops []*pb.RequestOp) (sum int64) {
 	return sum
 }
 
-// checkSpace refuses what would grow the database past its quota, and raises the NOSPACE alarm when
-// it does so for the first time. What only deletes or reads always goes through. In a replica it is the leader's quota, and
-// the alarm is the leader's: as much as it has seen to be left is used up by the Commands of an entry, one after the other.
-func (b *batch) checkSpace(req any) error {
-	c := charge(req)
-	left, raiser := b.db.opts.QuotaBytes-b.st.logical, b.db.opts.MemberID
-	limited := b.db.opts.QuotaBytes >= 0
-	if b.stamp != nil {
-		left, raiser, limited = b.stamp.space, b.stamp.member, b.stamp.space >= 0
-	}
-	if c == 0 || !limited {
+// checkAlarms refuses what may not be done while an alarm stands: under CORRUPT everything about keys and leases but
+// keepalives, under NOSPACE what would grow the database.
+func (b *batch) checkAlarms(req any) error {
+	if len(b.alarms) == 0 {
 		return nil
 	}
-	if b.alarms.has(pb.AlarmType_NOSPACE) {
+	if b.alarms.has(pb.AlarmType_CORRUPT) {
+		switch req.(type) {
+		case *pb.PutRequest, *pb.DeleteRangeRequest, *pb.TxnRequest, *pb.CompactionRequest, *pb.LeaseGrantRequest, *pb.LeaseRevokeRequest:
+			return ErrCorrupt
+		}
+	}
+	if _, _, limited := b.space(); limited && charge(req) > 0 && b.alarms.has(pb.AlarmType_NOSPACE) {
 		return ErrNoSpace
+	}
+	return nil
+}
+
+// space is how much may be written before the quota is used up, and who raises the alarm then. In a replica it is the
+// leader's quota, and the alarm is the leader's.
+func (b *batch) space() (left int64, raiser uint64, limited bool) {
+	if b.stamp != nil {
+		return b.stamp.space, b.stamp.member, b.stamp.space >= 0
+	}
+	return b.db.opts.QuotaBytes - b.st.logical, b.db.opts.MemberID, b.db.opts.QuotaBytes >= 0
+}
+
+// checkSpace refuses what would grow the database past its quota, and raises the NOSPACE alarm then. What only deletes or
+// reads always goes through. In a replica as much as the leader has seen to be left is used up by the Commands of an entry,
+// one after the other.
+func (b *batch) checkSpace(req any) error {
+	c := charge(req)
+	left, raiser, limited := b.space()
+	if c == 0 || !limited {
+		return nil
 	}
 	if c > left {
 		b.changeAlarm(alarmKey{raiser, pb.AlarmType_NOSPACE}, true)

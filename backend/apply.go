@@ -15,23 +15,27 @@ import (
 // A Command that fails after it has written something sets b.failure, which fails the whole batch.
 func (b *batch) apply(cmd Command) (proto.Message, error) {
 	b.next(cmd.Author)
-	resp, err := b.applyRequest(cmd.Request)
+	resp, err := b.applyRequest(&cmd)
 	if err != nil && b.failure == nil && b.sub > 0 {
 		b.failure = fmt.Errorf("a command failed after its first write: %w", err)
 	}
 	return resp, err
 }
 
-func (b *batch) applyRequest(req proto.Message) (proto.Message, error) {
-	if b.alarms.has(pb.AlarmType_CORRUPT) {
-		switch req.(type) {
-		case *pb.AlarmRequest, *pb.LeaseKeepAliveRequest:
-		default:
-			return nil, ErrCorrupt
-		}
+// applyRequest checks what etcd checks, in its order: the alarms, who asks, the space.
+func (b *batch) applyRequest(cmd *Command) (proto.Message, error) {
+	req := cmd.Request
+	if err := b.checkAlarms(req); err != nil {
+		return nil, err
+	}
+	if err := b.permit(cmd); err != nil {
+		return nil, err
 	}
 	if err := b.checkSpace(req); err != nil {
 		return nil, err
+	}
+	if resp, handled, err := b.applyAuth(req); handled {
+		return resp, err
 	}
 	switch r := req.(type) {
 	case *pb.PutRequest:

@@ -11,8 +11,9 @@ import (
 // state is what only the holder of the commit token reads and writes: the store ahead of the Views.
 type state struct {
 	keys    *treeEdit
-	rev     int64  // newest revision
-	compact int64  // compaction revision; -1: never compacted, as etcd counts
+	rev     int64 // newest revision
+	compact int64 // compaction revision; -1: never compacted, as etcd counts
+	auth    *Auth
 	nextID  int64  // id of the next row
 	others  uint64 // batches that changed something else than rows; with the rows, the applied index
 	replica replicaState
@@ -70,6 +71,7 @@ type batch struct {
 	compacted      bool // the compaction revision moved
 	alarms         alarmSet
 	alarmChanges   []alarmChange
+	tokens         []authToken
 	failure        error
 	was            savedState
 	stamp          *stamp // of the entry that is being applied, in a replica; space is what is left of it
@@ -92,6 +94,7 @@ type savedState struct {
 	keys    *tree
 	rev     int64
 	compact int64
+	auth    *Auth
 	nextID  int64
 	logical int64
 	logLen  int
@@ -107,7 +110,7 @@ func (db *DB) newBatch(now, wall int64) *batch {
 	b := &batch{
 		ctx: context.Background(), db: db, st: st, now: now, at: st.clock,
 		was: savedState{
-			keys: st.keys.tree(), rev: st.rev, compact: st.compact, nextID: st.nextID,
+			keys: st.keys.tree(), rev: st.rev, compact: st.compact, auth: st.auth, nextID: st.nextID,
 			logical: st.logical, logLen: st.log.len(), clock: st.clock, replica: st.replica,
 		},
 		alarms: db.alarms.current(),
@@ -243,7 +246,10 @@ func (b *batch) dirty() bool {
 }
 
 // others says whether anything but rows has to be written.
-func (b *batch) others() bool { return b.leases.any() || b.compacted || len(b.alarmChanges) > 0 }
+func (b *batch) others() bool {
+	return b.leases.any() || b.compacted || len(b.alarmChanges) > 0 || b.authChanged() ||
+		len(b.tokens) > 0 && b.db.shared != nil // elsewhere they are kept in memory only
+}
 
 // rollback undoes the batch in memory.
 func (b *batch) rollback() {
@@ -262,7 +268,7 @@ func (b *batch) rollback() {
 		}
 	}
 	st.keys = b.was.keys.edit()
-	st.rev, st.compact, st.nextID = b.was.rev, b.was.compact, b.was.nextID
+	st.rev, st.compact, st.auth, st.nextID = b.was.rev, b.was.compact, b.was.auth, b.was.nextID
 	st.logical, st.clock, st.replica = b.was.logical, b.was.clock, b.was.replica
 	st.log.truncate(b.was.logLen)
 	b.leases.rollback()

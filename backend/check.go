@@ -82,10 +82,12 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 	if err != nil {
 		return err
 	}
+	auth := newAuthLoader()
 	err = eachRow(db, sqliteMeta, func(s *stmt) error {
 		if s.columnText(0) == metaCompactRevision {
 			c.compacted(s.columnInt64(1))
 		}
+		auth.meta(s.columnText(0), s.columnInt64(1))
 		return nil
 	})
 	if err != nil {
@@ -100,6 +102,9 @@ func (c *checker) run(ctx context.Context, db *conn, progress func(done, total i
 	}
 	err = eachRow(db, sqliteAlarms, func(s *stmt) error { c.alarm(s.columnInt64(1)); return nil })
 	if err != nil {
+		return err
+	}
+	if err := c.auth(readAuth(db, auth)); err != nil {
 		return err
 	}
 	if err := c.member(db); err != nil {
@@ -142,6 +147,28 @@ func (c *checker) alarm(kind int64) {
 	if a := pb.AlarmType(kind); a != pb.AlarmType_NOSPACE && a != pb.AlarmType_CORRUPT {
 		c.problem("alarm %d is of no known type", a)
 	}
+}
+
+// auth takes what was read of users and roles.
+func (c *checker) auth(a *Auth, err error) error {
+	switch {
+	case errors.Is(err, ErrDamaged):
+		c.problem("%v", err)
+		return nil
+	case err != nil:
+		return err
+	}
+	for _, u := range a.Users() {
+		for _, r := range u.Roles {
+			if r != RootRole && a.roles[r] == nil {
+				c.problem("the user %q has the role %q, which does not exist", u.Name, r)
+			}
+		}
+	}
+	if a.enabled && (a.users[rootUser] == nil || !a.users[rootUser].root) {
+		c.problem("auth is on, but there is no user root with the role root")
+	}
+	return nil
 }
 
 // next takes the next row of about total.

@@ -11,13 +11,16 @@ import (
 // Raft log), and what apply turns into rows.
 //
 // Request is one of *pb.PutRequest, *pb.DeleteRangeRequest, *pb.TxnRequest, *pb.CompactionRequest,
-// *pb.LeaseGrantRequest, *pb.LeaseRevokeRequest, *pb.LeaseKeepAliveRequest, *pb.AlarmRequest.
+// *pb.LeaseGrantRequest, *pb.LeaseRevokeRequest, *pb.LeaseKeepAliveRequest, *pb.AlarmRequest, of the requests of the
+// Auth service those that change something, and *pb.InternalAuthenticateRequest, see assignToken.
 // It belongs to the caller; apply reads it and does not change it.
 type Command struct {
 	Request proto.Message
 	// Author is who asks: the authenticated user, else the common name of the client's certificate,
 	// else empty. It is kept with every row.
 	Author string
+	// AuthRevision is that of a Caller whose Name is Author; 0: nobody was authenticated.
+	AuthRevision uint64
 }
 
 // expireLeases is the Command of the lease loop: revoke what is due at the time of the batch. That
@@ -36,6 +39,8 @@ type Options struct {
 	MinLeaseTTL int64
 	// MemberID stands in alarms that this process raises.
 	MemberID uint64
+	// TokenTTL is for how long a token of Authenticate is good that is not used. 0: 5 minutes.
+	TokenTTL time.Duration
 	Hooks    Hooks
 }
 
@@ -54,6 +59,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.MinLeaseTTL == 0 {
 		o.MinLeaseTTL = defaultMinLeaseTTL
+	}
+	if o.TokenTTL == 0 {
+		o.TokenTTL = defaultTokenTTL
 	}
 	return o
 }

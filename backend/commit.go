@@ -363,13 +363,14 @@ func (db *DB) applyBatch(items []*pending, start time.Time) *batch {
 // show makes a durable batch visible, to readers and then to watchers. REQUIRES: the commit token.
 func (db *DB) show(b *batch) {
 	moved := len(b.rows) > 0 || b.compacted
+	db.tokens.keep(b.tokens)
 	if len(b.rows) > 0 {
 		db.ring.add(b.events())
 		for i := range b.rows {
 			db.marks.add(b.rows[i].rev, b.rows[i].id)
 		}
 	}
-	if moved {
+	if moved || b.authChanged() {
 		db.publish()
 	}
 	b.leases.unlock()

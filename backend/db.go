@@ -24,6 +24,7 @@ type DB struct {
 	marks   rowMarks
 	leases  leaseTable
 	alarms  alarms
+	tokens  authTokens
 
 	queue         queue
 	committerDone chan struct{}
@@ -105,6 +106,7 @@ func newDB(log storage, o Options, r *replica) *DB {
 	}
 	db.queue.init()
 	db.leases.init()
+	db.tokens.init(o.TokenTTL)
 	db.compactor.init()
 	db.heads.init()
 	db.ctx, db.cancel = context.WithCancel(context.Background())
@@ -224,12 +226,13 @@ func (db *DB) storeCounters() {
 // Revision is the newest published revision; 1 in an empty store.
 func (db *DB) Revision() int64 { return db.current.Load().rev }
 
-// Empty says whether nothing was ever written, as far as can be seen: no key, no compaction, no lease, no alarm.
+// Empty says whether nothing was ever written, as far as can be seen: no key, no compaction, no lease, no alarm, no user.
 func (db *DB) Empty() bool {
 	db.leases.mu.RLock()
 	leases := len(db.leases.byID)
 	db.leases.mu.RUnlock()
-	return db.Revision() == 1 && db.CompactRevision() == 0 && leases == 0 && len(db.alarms.current()) == 0
+	return db.Revision() == 1 && db.CompactRevision() == 0 && leases == 0 && len(db.alarms.current()) == 0 &&
+		db.current.Load().auth.revision == firstAuthRevision
 }
 
 // CompactRevision is the revision the store is compacted at, 0 when it never was.
@@ -245,7 +248,8 @@ type Stats struct {
 	CompactRevision     int64
 	Leases              int
 	ValueCacheBytes     int64
-	ReadTransactions    int    // open in the database; reads from memory need none
+	ReadTransactions    int // open in the database; reads from memory need none
+	AuthRevision        uint64
 	AppliedIndex        uint64 // rows and other changes since the database was made, in a replica entries of the log; it never falls
 }
 
@@ -268,6 +272,7 @@ func (db *DB) Stats() Stats {
 		Leases:           leases,
 		ValueCacheBytes:  v.index.vals.bytes(),
 		ReadTransactions: v.log.reading(),
+		AuthRevision:     v.auth.revision,
 		AppliedIndex:     db.appliedIndex.Load(),
 	}
 }

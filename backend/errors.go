@@ -27,6 +27,27 @@ var (
 	ErrCorrupt = errors.New("backend: corrupt")
 )
 
+// Errors of auth, in the order of etcd's own table.
+var (
+	ErrRootUserNotExist     = errors.New("backend: root user does not exist")
+	ErrRootRoleNotExist     = errors.New("backend: root user does not have root role")
+	ErrUserExists           = errors.New("backend: user already exists")
+	ErrUserEmpty            = errors.New("backend: user name is empty")
+	ErrUserNotFound         = errors.New("backend: user not found")
+	ErrRoleExists           = errors.New("backend: role already exists")
+	ErrRoleNotFound         = errors.New("backend: role not found")
+	ErrRoleEmpty            = errors.New("backend: role name is empty")
+	ErrAuthFailed           = errors.New("backend: authentication failed, invalid user ID or password")
+	ErrPermissionNotGiven   = errors.New("backend: permission not given")
+	ErrPermissionDenied     = errors.New("backend: permission denied")
+	ErrRoleNotGranted       = errors.New("backend: role is not granted to the user")
+	ErrPermissionNotGranted = errors.New("backend: permission is not granted to the role")
+	ErrAuthNotEnabled       = errors.New("backend: authentication is not enabled")
+	ErrInvalidAuthMgmt      = errors.New("backend: invalid auth management")
+	ErrAuthOldRevision      = errors.New("backend: revision of auth store is old")
+	ErrNoPasswordUser       = errors.New("backend: password was given for no password user")
+)
+
 // Errors of the storage.
 var (
 	// ErrClosed: Close was called.

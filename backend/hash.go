@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"hash/crc32"
 	"math"
@@ -131,7 +132,7 @@ func (db *DB) hashRows(ctx context.Context, v *View, after, upTo int64, maxRows 
 
 // Hash returns a hash over everything that the store holds, and the newest revision: the compaction revision, the rows
 // that compaction leaves, the leases with the TTL that was granted (but not when they run out, which is not the same in
-// two stores), the alarms. It says whether two quires hold the same, while nothing is written. It is no value of etcd's:
+// two stores), the alarms, users and roles. It says whether two quires hold the same, while nothing is written. It is no value of etcd's:
 // etcd hashes every bucket of its file.
 func (db *DB) Hash(ctx context.Context) (hash uint32, rev int64, err error) {
 	v := db.View()
@@ -148,6 +149,13 @@ func (db *DB) Hash(ctx context.Context) (hash uint32, rev int64, err error) {
 	}
 	for _, a := range db.alarms.current().sorted() {
 		h.ints(int64(a.member), int64(a.alarm))
+	}
+	if v.auth.revision > firstAuthRevision {
+		text, err := json.Marshal(v.auth.since(newAuth()))
+		if err != nil {
+			return 0, 0, fmt.Errorf("hashing users and roles: %w", err)
+		}
+		h.add(text)
 	}
 	return h.sum, v.rev, nil
 }

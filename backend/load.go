@@ -36,6 +36,7 @@ type loadBeside struct {
 	others  uint64
 	leases  []leaseChange
 	alarms  alarmSet
+	auth    *Auth
 	total   int64 // rows, about
 	replica replicaState
 }
@@ -57,7 +58,7 @@ func (p *loadPage) full() bool { return len(p.rows) == loadPageRows }
 // load reads the whole database into memory. REQUIRES: nothing else uses db yet.
 func (db *DB) load(ctx context.Context) error {
 	st := &db.st
-	st.rev, st.compact, st.nextID = 1, -1, 1
+	st.rev, st.compact, st.nextID, st.auth = 1, -1, 1, newAuth()
 	st.tombs = make(map[uint32]string)
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -97,7 +98,7 @@ func (db *DB) load(ctx context.Context) error {
 func (db *DB) build(started <-chan loadBeside, pages <-chan *loadPage) error {
 	st := &db.st
 	beside := <-started
-	st.compact, st.others, st.replica = beside.compact, beside.others, beside.replica
+	st.compact, st.auth, st.others, st.replica = beside.compact, beside.auth, beside.others, beside.replica
 	for _, l := range beside.leases {
 		db.leases.insert(&lease{id: l.id, ttl: l.ttl, deadline: l.deadline, keys: make(map[string]struct{})})
 	}

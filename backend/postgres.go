@@ -3,6 +3,7 @@ package backend
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -238,14 +239,17 @@ func (p *pgLog) append(ctx context.Context, b *batch) error {
 		return p.failed(err)
 	}
 	from, token := p.position(), newPgToken()
-	args := p.batchArgs(b, from, token)
+	sql, args, err := p.batchStatement(b, from, token)
+	if err != nil {
+		return err
+	}
 	p.unreplicated = false
 	var answer pgAnswer
 	sent := time.Now()
 	if p.locked {
-		answer, err = p.writeLocked(ctx, c, args)
+		answer, err = p.writeLocked(ctx, c, sql, args)
 	} else {
-		err = p.writer.query(ctx, p.sql.commitBatch, args, answer.read)
+		err = p.writer.query(ctx, sql, args, answer.read)
 	}
 	if err != nil {
 		// Whatever has happened, a transaction that is still open must end before anything else is written.
@@ -330,9 +334,9 @@ func (a *pgAnswer) read(r pgRow) error {
 }
 
 // writeLocked writes a batch and commits, in one round trip.
-func (p *pgLog) writeLocked(ctx context.Context, c *pgconn.PgConn, args *pgArgs) (a pgAnswer, err error) {
+func (p *pgLog) writeLocked(ctx context.Context, c *pgconn.PgConn, sql string, args *pgArgs) (a pgAnswer, err error) {
 	var batch pgconn.Batch
-	p.writer.add(&batch, p.sql.commitBatch, args)
+	p.writer.add(&batch, sql, args)
 	batch.ExecParams("COMMIT", nil, nil, nil, nil)
 	results := c.ExecBatch(ctx, &batch)
 	var tag pgconn.CommandTag
@@ -362,6 +366,19 @@ func (p *pgLog) writeLocked(ctx context.Context, c *pgconn.PgConn, args *pgArgs)
 func duplicate(err error) bool {
 	var e *pgconn.PgError
 	return errors.As(err, &e) && e.Code == "23505"
+}
+
+// batchStatement is the statement that appends a batch, and its parameters.
+func (p *pgLog) batchStatement(b *batch, from pgPosition, token pgToken) (string, *pgArgs, error) {
+	args := p.batchArgs(b, from, token)
+	if !b.authChanged() && len(b.tokens) == 0 {
+		return p.sql.commitBatch, args, nil
+	}
+	text, err := json.Marshal(b.authChange())
+	if err != nil {
+		return "", nil, err
+	}
+	return p.sql.commitAuthBatch, args.text(string(text)), nil
 }
 
 func (p *pgLog) batchArgs(b *batch, from pgPosition, token pgToken) *pgArgs {
@@ -474,9 +491,10 @@ type committed struct {
 	at       int64 // µs
 	rows     []row
 	leases   []leaseChange
-	alarms   alarmSet // nil: unchanged
-	compacts bool     // the compaction revision moved
-	compact  int64    // to there
+	alarms   alarmSet    // nil: unchanged
+	auth     *authChange // nil: unchanged
+	compacts bool        // the compaction revision moved
+	compact  int64       // to there
 }
 
 // pgNewsBatches is how many batches are read at once.
@@ -671,6 +689,9 @@ func (p *pgLog) load(ctx context.Context, beside func(loadBeside) error, page fu
 		if err := pgQuery(ctx, c, q.sql, none, q.each); err != nil {
 			return err
 		}
+	}
+	if all.auth, err = p.readAuth(ctx, c); err != nil {
+		return err
 	}
 	all.others = uint64(head.seq)
 	if err := beside(all); err != nil {

@@ -62,6 +62,9 @@ func (p *pgLog) check(ctx context.Context, c *checker, progress func(done, total
 			return err
 		}
 	}
+	if err := c.auth(p.readAuth(ctx, conn)); err != nil {
+		return err
+	}
 	if c.id > last {
 		c.problem("row %d follows row %d, the last one of the newest batch", c.id, last)
 	}

@@ -235,6 +235,13 @@ func (n *pgNews) addCommit(r pgRow) error {
 			c.alarms[alarmKey{uint64(members[i]), pb.AlarmType(kinds[i])}] = struct{}{}
 		}
 	}
+	if !r.null(10) {
+		change, err := decodeAuthChange(r[10])
+		if err != nil {
+			return err
+		}
+		c.auth = change
+	}
 	n.commits = append(n.commits, c)
 	return nil
 }

@@ -132,6 +132,9 @@ func (db *DB) replay(c *committed) error {
 			}
 		}
 	}
+	if c.auth != nil {
+		b.replayAuth(c.auth)
+	}
 	if c.compacts {
 		db.st.compact, b.compacted = c.compact, true
 	}

@@ -72,7 +72,7 @@ func (l *sqliteLog) transaction(f func() error) error {
 	return err
 }
 
-// write makes a batch durable: its rows, leases, alarms and the compaction revision in one transaction,
+// write makes a batch durable: its rows, leases, alarms, users and roles and the compaction revision in one transaction,
 // synced by COMMIT. In a replica it is only written, together with the position in the log: see settle.
 func (l *sqliteLog) write(b *batch) error {
 	return l.transaction(func() error {
@@ -88,6 +88,11 @@ func (l *sqliteLog) write(b *batch) error {
 		}
 		if len(b.alarmChanges) > 0 {
 			if err := l.writeAlarms(b.alarms); err != nil {
+				return err
+			}
+		}
+		if b.authChanged() {
+			if err := l.writeAuth(b.authChange()); err != nil {
 				return err
 			}
 		}
@@ -414,12 +419,15 @@ func (l *sqliteLog) load(ctx context.Context, beside func(loadBeside) error, pag
 
 func (l *sqliteLog) loadBeside() (all loadBeside, err error) {
 	all = loadBeside{compact: -1, alarms: make(alarmSet)}
+	auth := newAuthLoader()
 	err = eachRow(l.w, sqliteMeta, func(s *stmt) error {
 		switch s.columnText(0) {
 		case metaCompactRevision:
 			all.compact = s.columnInt64(1)
 		case metaOtherChanges:
 			all.others = uint64(s.columnInt64(1))
+		default:
+			auth.meta(s.columnText(0), s.columnInt64(1))
 		}
 		return nil
 	})
@@ -438,6 +446,9 @@ func (l *sqliteLog) loadBeside() (all loadBeside, err error) {
 		return nil
 	})
 	if err != nil {
+		return all, err
+	}
+	if all.auth, err = readAuth(l.w, auth); err != nil {
 		return all, err
 	}
 	if l.replicated {

@@ -16,10 +16,12 @@ const pgLockIdle = "3s"
 type pgStatements struct {
 	version int64 // of the schema that this binary knows
 
-	commitBatch, head, lock, resolve               string
+	commitBatch, commitAuthBatch                   string
+	head, lock, resolve                            string
 	commitsFrom, rowsOfCommits                     string
 	row, rows, rowsFrom                            string
 	lastID, compactRevision, leases, alarms        string
+	authMeta, users, grants, roles, permissions    string
 	countRows, loadRows, checkRows                 string
 	channel, clusterID, clientURLs                 string
 	report, leave, claimSweep, finishSweep, delete string
@@ -33,10 +35,12 @@ func newPgStatements(schema string) pgStatements {
 		version: migrations.Latest(migrations.Postgres(name)),
 		commitBatch: in(`SELECT seq, token, clock, required_schema FROM ${schema}.commit_batch(
 			$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)`),
+		commitAuthBatch: in(`SELECT seq, token, clock, required_schema FROM ${schema}.commit_auth_batch(
+			$1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)`),
 		head:    in(`SELECT seq, token, clock FROM ${schema}.head()`),
 		lock:    in(`SELECT set_config('idle_in_transaction_session_timeout', '` + pgLockIdle + `', true) FROM ${schema}.lock_commits()`),
 		resolve: in(`SELECT ${schema}.resolve_commit($1, $2, $3)`),
-		commitsFrom: in(`SELECT seq, token, last_id, committed_at, lease_ids, lease_ttls, lease_deadlines, alarm_members, alarm_kinds, compacted
+		commitsFrom: in(`SELECT seq, token, last_id, committed_at, lease_ids, lease_ttls, lease_deadlines, alarm_members, alarm_kinds, compacted, auth
 			FROM ${schema}.commits_from($1, $2)`),
 		rowsOfCommits: in(`SELECT ` + columns + ` FROM ${schema}.rows_of_commits($1, $2, $3)`),
 		row:           in(`SELECT ` + columns + ` FROM ${schema}.revisions WHERE id = $1`),
@@ -52,6 +56,11 @@ func newPgStatements(schema string) pgStatements {
 		compactRevision: in(`SELECT value FROM ${schema}.meta WHERE name = 'compact_revision'`),
 		leases:          in(`SELECT id, ttl, deadline FROM ${schema}.lease ORDER BY id`),
 		alarms:          in(`SELECT member, alarm FROM ${schema}.alarm ORDER BY member, alarm`),
+		authMeta:        in(`SELECT name, value FROM ${schema}.meta WHERE name IN ('auth_enabled', 'auth_revision') ORDER BY name`),
+		users:           in(`SELECT name, password, no_password FROM ${schema}.auth_user ORDER BY name`),
+		grants:          in(`SELECT "user", role FROM ${schema}.auth_grant ORDER BY "user", role`),
+		roles:           in(`SELECT name FROM ${schema}.auth_role ORDER BY name`),
+		permissions:     in(`SELECT role, type, key, range_end FROM ${schema}.auth_permission ORDER BY role, place`),
 		clusterID:       in(`SELECT value FROM ${schema}.meta WHERE name = 'cluster_id'`),
 		clientURLs:      in(`SELECT DISTINCT unnest(urls) AS url FROM ${schema}.process WHERE seen_at > ${schema}.now_us() - $1 ORDER BY url`),
 		channel:         in(`SELECT 'quire_' || '${schema}.commits'::regclass::oid::text`),

@@ -34,6 +34,19 @@ const (
 	sqlitePutAlarm    = `INSERT INTO alarm (member, alarm) VALUES (?, ?)`
 	sqliteAlarms      = `SELECT member, alarm FROM alarm ORDER BY member, alarm`
 
+	sqlitePutUser          = `INSERT INTO auth_user (name, password, no_password) VALUES (?, ?, ?)`
+	sqliteDeleteUser       = `DELETE FROM auth_user WHERE name = ?`
+	sqliteUsers            = `SELECT name, password, no_password FROM auth_user ORDER BY name`
+	sqlitePutGrant         = `INSERT INTO auth_grant (user, role) VALUES (?, ?)`
+	sqliteDeleteGrants     = `DELETE FROM auth_grant WHERE user = ?`
+	sqliteGrants           = `SELECT user, role FROM auth_grant ORDER BY user, role`
+	sqlitePutRole          = `INSERT INTO auth_role (name) VALUES (?)`
+	sqliteDeleteRole       = `DELETE FROM auth_role WHERE name = ?`
+	sqliteRoles            = `SELECT name FROM auth_role ORDER BY name`
+	sqlitePutPermission    = `INSERT INTO auth_permission (role, place, type, key, range_end) VALUES (?, ?, ?, ?, ?)`
+	sqliteDeletePermission = `DELETE FROM auth_permission WHERE role = ?`
+	sqlitePermissions      = `SELECT role, type, key, range_end FROM auth_permission ORDER BY role, place`
+
 	sqlitePutMeta = `INSERT INTO meta (name, value) VALUES (?, ?)
 		ON CONFLICT (name) DO UPDATE SET value = excluded.value`
 	sqliteMeta = `SELECT name, value FROM meta ORDER BY name`
@@ -51,4 +64,6 @@ const (
 const (
 	metaCompactRevision = "compact_revision"
 	metaOtherChanges    = "other_changes"
+	metaAuthEnabled     = "auth_enabled"
+	metaAuthRevision    = "auth_revision"
 )

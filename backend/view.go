@@ -20,6 +20,7 @@ import (
 // may be standing on it, when every View of its time has been released (retired).
 type View struct {
 	reader
+	auth *Auth
 	log  storage // where its rows are
 	refs atomic.Int64
 	// retired is what became unreachable with the batch that replaced this View.
@@ -41,6 +42,9 @@ func (db *DB) View() *View {
 	}
 }
 
+// Auth is who may do what as of the newest View.
+func (db *DB) Auth() *Auth { return db.current.Load().auth }
+
 // Release gives the View back.
 func (v *View) Release() {
 	if v.refs.Add(-1) < 0 {
@@ -53,6 +57,9 @@ func (v *View) Revision() int64 { return v.rev }
 
 // CompactRevision is the revision the store is compacted at, 0 when it never was.
 func (v *View) CompactRevision() int64 { return max(v.compact, 0) }
+
+// Auth is who may read from the View.
+func (v *View) Auth() *Auth { return v.auth }
 
 // Range answers req. Its Revision (for the response header) is the View's, also where req asks for an
 // older one, as in etcd. It returns ErrFutureRev or a *CompactedError for a revision that the View
@@ -95,7 +102,7 @@ func (db *DB) publish() {
 
 // newView is a View of the committed state; its rows come from the reading connections. REQUIRES: the commit token is held.
 func (db *DB) newView() *View {
-	return &View{log: db.log, reader: reader{
+	return &View{auth: db.st.auth, log: db.log, reader: reader{
 		index: db.index, keys: db.st.keys.tree(), rev: db.st.rev, compact: db.st.compact, row: db.log.row, rows: db.log.rows, ring: &db.ring,
 	}}
 }

@@ -2,27 +2,224 @@ package etcdapi
 
 import (
 	"context"
+	"encoding/base64"
 
+	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"golang.org/x/crypto/bcrypt"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/quire-db/quire/backend"
 )
 
-// authServer says that auth is off, which it always is: users, roles and permissions are not kept yet, and every
-// method that would keep them is Unimplemented.
+// authServer keeps users, roles and permissions, and gives out tokens. What changes something is checked and done by the
+// backend, in one commit; passwords become hashes here and go no further.
 type authServer struct {
-	s *Server
-	pb.UnimplementedAuthServer
+	s                   *Server
+	pb.UnsafeAuthServer // a new method of the service must break the build
 }
 
-// firstAuthRevision is what an etcd reports in which auth was never changed.
-const firstAuthRevision = 1
+// DefaultBcryptCost is etcd's: a password takes so long to check that few can be tried.
+const DefaultBcryptCost = bcrypt.DefaultCost
 
-func (a *authServer) AuthStatus(context.Context, *pb.AuthStatusRequest) (*pb.AuthStatusResponse, error) {
-	return &pb.AuthStatusResponse{Header: a.s.header(nil), Enabled: false, AuthRevision: firstAuthRevision}, nil
+func (a *authServer) AuthEnable(ctx context.Context, req *pb.AuthEnableRequest) (*pb.AuthEnableResponse, error) {
+	return changeAuth[*pb.AuthEnableResponse](ctx, a.s, "AuthEnable", req)
 }
 
-// Authenticate is refused as by an etcd whose auth is off. Clients that are given a user and a password go on without
-// a token then.
-func (a *authServer) Authenticate(context.Context, *pb.AuthenticateRequest) (*pb.AuthenticateResponse, error) {
-	return nil, rpctypes.ErrGRPCAuthNotEnabled
+func (a *authServer) AuthDisable(ctx context.Context, req *pb.AuthDisableRequest) (*pb.AuthDisableResponse, error) {
+	return changeAuth[*pb.AuthDisableResponse](ctx, a.s, "AuthDisable", req)
+}
+
+// changeAuth is write for this service.
+func changeAuth[Resp interface {
+	proto.Message
+	GetHeader() *pb.ResponseHeader
+}](ctx context.Context, s *Server, kind string, req proto.Message) (resp Resp, err error) {
+	if resp, err = write[Resp](ctx, s, kind, req); err == nil {
+		s.header(resp.GetHeader())
+	}
+	return resp, err
+}
+
+// AuthStatus answers everybody, but for those with a token that is not good.
+func (a *authServer) AuthStatus(ctx context.Context, _ *pb.AuthStatusRequest) (*pb.AuthStatusResponse, error) {
+	auth, _, err := a.current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.AuthStatusResponse{Header: a.s.header(nil), Enabled: auth.Enabled(), AuthRevision: auth.Revision()}, nil
+}
+
+// Authenticate gives out a token for a user with a password.
+func (a *authServer) Authenticate(ctx context.Context, req *pb.AuthenticateRequest) (*pb.AuthenticateResponse, error) {
+	if err := a.s.ready(ctx, false); err != nil {
+		return nil, toStatus(err)
+	}
+	for {
+		auth := a.s.opts.Backend.Auth()
+		if err := checkPassword(auth, req.Name, req.Password); err != nil {
+			return nil, toStatus(err)
+		}
+		token, header, err := a.s.opts.Tokens.give(ctx, a.s, req.Name, auth)
+		if err != nil {
+			return nil, toStatus(err)
+		}
+		// The password may have been changed while it was compared.
+		if a.s.opts.Backend.Auth().Revision() == auth.Revision() {
+			return &pb.AuthenticateResponse{Header: a.s.header(header), Token: token}, nil
+		}
+	}
+}
+
+// checkPassword compares a password with the hash of the user's, which takes its time.
+func checkPassword(auth *backend.Auth, name, password string) error {
+	if !auth.Enabled() {
+		return backend.ErrAuthNotEnabled
+	}
+	u := auth.User(name)
+	switch {
+	case u == nil:
+		return backend.ErrAuthFailed
+	case u.Options.GetNoPassword():
+		return backend.ErrNoPasswordUser
+	case bcrypt.CompareHashAndPassword(u.Password, []byte(password)) != nil:
+		return backend.ErrAuthFailed
+	}
+	return nil
+}
+
+// hash is what is kept of a password.
+func (a *authServer) hash(password string) (string, error) {
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), a.s.opts.BcryptCost)
+	if err != nil {
+		return "", toStatus(err)
+	}
+	return base64.StdEncoding.EncodeToString(hash), nil
+}
+
+func (a *authServer) UserAdd(ctx context.Context, req *pb.AuthUserAddRequest) (*pb.AuthUserAddResponse, error) {
+	kept := &pb.AuthUserAddRequest{Name: req.Name, Options: req.Options}
+	if !req.Options.GetNoPassword() {
+		var err error
+		if kept.HashedPassword, err = a.hash(req.Password); err != nil {
+			return nil, err
+		}
+	}
+	return changeAuth[*pb.AuthUserAddResponse](ctx, a.s, "AuthUserAdd", kept)
+}
+
+func (a *authServer) UserDelete(ctx context.Context, req *pb.AuthUserDeleteRequest) (*pb.AuthUserDeleteResponse, error) {
+	return changeAuth[*pb.AuthUserDeleteResponse](ctx, a.s, "AuthUserDelete", req)
+}
+
+// UserChangePassword with an empty password leaves the user one that nothing fits, as in etcd, or takes the hash given.
+func (a *authServer) UserChangePassword(ctx context.Context, req *pb.AuthUserChangePasswordRequest) (*pb.AuthUserChangePasswordResponse, error) {
+	kept := &pb.AuthUserChangePasswordRequest{Name: req.Name, HashedPassword: req.HashedPassword}
+	if req.Password != "" {
+		var err error
+		if kept.HashedPassword, err = a.hash(req.Password); err != nil {
+			return nil, err
+		}
+	}
+	return changeAuth[*pb.AuthUserChangePasswordResponse](ctx, a.s, "AuthUserChangePassword", kept)
+}
+
+func (a *authServer) UserGrantRole(ctx context.Context, req *pb.AuthUserGrantRoleRequest) (*pb.AuthUserGrantRoleResponse, error) {
+	return changeAuth[*pb.AuthUserGrantRoleResponse](ctx, a.s, "AuthUserGrantRole", req)
+}
+
+func (a *authServer) UserRevokeRole(ctx context.Context, req *pb.AuthUserRevokeRoleRequest) (*pb.AuthUserRevokeRoleResponse, error) {
+	return changeAuth[*pb.AuthUserRevokeRoleResponse](ctx, a.s, "AuthUserRevokeRole", req)
+}
+
+func (a *authServer) RoleAdd(ctx context.Context, req *pb.AuthRoleAddRequest) (*pb.AuthRoleAddResponse, error) {
+	return changeAuth[*pb.AuthRoleAddResponse](ctx, a.s, "AuthRoleAdd", req)
+}
+
+func (a *authServer) RoleDelete(ctx context.Context, req *pb.AuthRoleDeleteRequest) (*pb.AuthRoleDeleteResponse, error) {
+	return changeAuth[*pb.AuthRoleDeleteResponse](ctx, a.s, "AuthRoleDelete", req)
+}
+
+func (a *authServer) RoleGrantPermission(ctx context.Context, req *pb.AuthRoleGrantPermissionRequest) (*pb.AuthRoleGrantPermissionResponse, error) {
+	return changeAuth[*pb.AuthRoleGrantPermissionResponse](ctx, a.s, "AuthRoleGrantPermission", req)
+}
+
+func (a *authServer) RoleRevokePermission(ctx context.Context, req *pb.AuthRoleRevokePermissionRequest) (*pb.AuthRoleRevokePermissionResponse, error) {
+	return changeAuth[*pb.AuthRoleRevokePermissionResponse](ctx, a.s, "AuthRoleRevokePermission", req)
+}
+
+// UserGet shows a user to root and to themselves.
+func (a *authServer) UserGet(ctx context.Context, req *pb.AuthUserGetRequest) (*pb.AuthUserGetResponse, error) {
+	auth, who, err := a.current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := auth.CheckAdmin(who); err != nil && req.Name != who.Name {
+		return nil, toStatus(err)
+	}
+	u := auth.User(req.Name)
+	if u == nil {
+		return nil, toStatus(backend.ErrUserNotFound)
+	}
+	return &pb.AuthUserGetResponse{Header: a.s.header(nil), Roles: u.Roles}, nil
+}
+
+// RoleGet shows a role to root and to those who have it.
+func (a *authServer) RoleGet(ctx context.Context, req *pb.AuthRoleGetRequest) (*pb.AuthRoleGetResponse, error) {
+	auth, who, err := a.current(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := auth.CheckAdmin(who); err != nil && !auth.HasRole(who.Name, req.Role) {
+		return nil, toStatus(err)
+	}
+	r := auth.Role(req.Role)
+	if r == nil {
+		return nil, toStatus(backend.ErrRoleNotFound)
+	}
+	perms := r.KeyPermission
+	if req.Role == backend.RootRole {
+		perms = []*authpb.Permission{{PermType: authpb.Permission_READWRITE, Key: []byte{}, RangeEnd: []byte{0}}}
+	}
+	return &pb.AuthRoleGetResponse{Header: a.s.header(nil), Perm: perms}, nil
+}
+
+func (a *authServer) UserList(ctx context.Context, _ *pb.AuthUserListRequest) (*pb.AuthUserListResponse, error) {
+	auth, who, err := a.current(ctx)
+	if err == nil {
+		err = toStatus(auth.CheckAdmin(who))
+	}
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.AuthUserListResponse{Header: a.s.header(nil)}
+	for _, u := range auth.Users() {
+		resp.Users = append(resp.Users, string(u.Name))
+	}
+	return resp, nil
+}
+
+func (a *authServer) RoleList(ctx context.Context, _ *pb.AuthRoleListRequest) (*pb.AuthRoleListResponse, error) {
+	auth, who, err := a.current(ctx)
+	if err == nil {
+		err = toStatus(auth.CheckAdmin(who))
+	}
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.AuthRoleListResponse{Header: a.s.header(nil)}
+	for _, r := range auth.Roles() {
+		resp.Roles = append(resp.Roles, string(r.Name))
+	}
+	return resp, nil
+}
+
+// current is what is committed of users and roles, and who asks.
+func (a *authServer) current(ctx context.Context) (*backend.Auth, backend.Caller, error) {
+	if err := a.s.ready(ctx, false); err != nil {
+		return nil, backend.Caller{}, toStatus(err)
+	}
+	auth := a.s.opts.Backend.Auth()
+	who, err := a.s.caller(ctx, auth)
+	return auth, who, toStatus(err)
 }

@@ -186,6 +186,13 @@ type fakeView struct {
 
 func (v *fakeView) Revision() int64 { return v.rev }
 
+// Auth is off here: the conformance tests have it on, before a store that keeps users.
+func (v *fakeView) Auth() *backend.Auth { return v.f.Auth() }
+
+func (*fakeStore) Auth() *backend.Auth { return new(backend.Auth) }
+
+func (*fakeStore) TokenUser(string, *backend.Auth) (string, bool) { return "", false }
+
 func (v *fakeView) Release() {
 	v.f.mu.Lock()
 	defer v.f.mu.Unlock()

@@ -34,8 +34,9 @@ func (s *Server) admit(ctx context.Context, count func(clientCounters)) (needsLe
 	return len(vs) > 0 && vs[0] == rpctypes.MetadataHasLeader, nil
 }
 
-// admitUnary refuses what a learner does not serve, and what requires a leader while there is none.
-func (s *Server) admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// admitUnary refuses what a learner does not serve, what requires a leader while there is none, and what the caller may not
+// call.
+func (s *Server) admitUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	raft := s.cluster.Status()
 	if raft.Learner && !learnerServes(req) {
 		return nil, rpctypes.ErrGRPCNotSupportedForLearner
@@ -46,6 +47,9 @@ func (s *Server) admitUnary(ctx context.Context, req any, _ *grpc.UnaryServerInf
 	}
 	if needsLeader && raft.Leader == 0 {
 		return nil, rpctypes.ErrGRPCNoLeader
+	}
+	if err := s.guard(ctx, info.FullMethod, req); err != nil {
+		return nil, err
 	}
 	return handler(ctx, req)
 }
@@ -66,6 +70,9 @@ func (s *Server) admitStream(srv any, stream grpc.ServerStream, info *grpc.Strea
 		}
 		defer end()
 		stream = led
+	}
+	if err := s.guard(stream.Context(), info.FullMethod, nil); err != nil {
+		return err
 	}
 	return handler(srv, stream)
 }

@@ -172,6 +172,12 @@ func (k *kvServer) read(ctx context.Context, req *pb.RangeRequest, how func(View
 	}
 	view := k.s.opts.View()
 	defer view.Release()
+	err := k.s.permit(ctx, view.Auth(), func(a *backend.Auth, who backend.Caller) error {
+		return a.CheckRead(who, req.Key, req.RangeEnd)
+	})
+	if err != nil {
+		return nil, err
+	}
 	res, err := how(view, ctx, req)
 	k.s.metrics.ranged(time.Since(start), err)
 	return res, err
@@ -243,6 +249,10 @@ func (k *kvServer) readTxn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnRe
 	}
 	view := k.s.opts.View()
 	defer view.Release()
+	err = k.s.permit(ctx, view.Auth(), func(a *backend.Auth, who backend.Caller) error { return a.CheckReadTxn(who, req) })
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	resp, err := view.Txn(ctx, req)
 	if err != nil {
 		return nil, toStatus(err)
@@ -273,8 +283,13 @@ func write[Resp proto.Message](ctx context.Context, s *Server, kind string, req 
 	if err := s.checkSize(req); err != nil {
 		return resp, err
 	}
+	cmd, err := s.command(ctx)
+	if err != nil {
+		return resp, toStatus(err)
+	}
+	cmd.Request = req
 	s.metrics.pending.Inc()
-	answer, err := s.opts.Backend.Write(ctx, backend.Command{Request: req, Author: author(ctx)})
+	answer, err := s.opts.Backend.Write(ctx, cmd)
 	s.metrics.pending.Dec()
 	if err != nil {
 		s.metrics.writeFailed(err)

@@ -43,6 +43,12 @@ func (l *leaseServer) LeaseTimeToLive(ctx context.Context, req *pb.LeaseTimeToLi
 	}
 	resp := &pb.LeaseTimeToLiveResponse{Header: l.s.header(nil), ID: req.ID, TTL: -1}
 	if status, ok := l.s.opts.Backend.Lease(req.ID, req.Keys); ok {
+		err := l.s.permit(ctx, l.s.opts.Backend.Auth(), func(a *backend.Auth, who backend.Caller) error {
+			return a.CheckLeaseRead(who, status.Keys)
+		})
+		if err != nil {
+			return nil, toStatus(err)
+		}
 		resp.TTL, resp.GrantedTTL = status.TTL, status.GrantedTTL
 		if req.Keys {
 			resp.Keys = status.Keys
@@ -56,11 +62,30 @@ func (l *leaseServer) LeaseLeases(ctx context.Context, _ *pb.LeaseLeasesRequest)
 		return nil, toStatus(err)
 	}
 	ids := l.s.opts.Backend.Leases()
+	if err := l.s.permit(ctx, l.s.opts.Backend.Auth(), l.readable(ids)); err != nil {
+		return nil, toStatus(err)
+	}
 	resp := &pb.LeaseLeasesResponse{Header: l.s.header(nil), Leases: make([]*pb.LeaseStatus, len(ids))}
 	for i, id := range ids {
 		resp.Leases[i] = &pb.LeaseStatus{ID: id}
 	}
 	return resp, nil
+}
+
+// readable allows to see leases to whom may read all keys that hang on them.
+func (l *leaseServer) readable(ids []int64) func(*backend.Auth, backend.Caller) error {
+	return func(a *backend.Auth, who backend.Caller) error {
+		if err := a.CheckAdmin(who); err == nil {
+			return nil
+		}
+		for _, id := range ids {
+			status, _ := l.s.opts.Backend.Lease(id, true)
+			if err := a.CheckLeaseRead(who, status.Keys); err != nil {
+				return err
+			}
+		}
+		return a.CheckKnown(who)
+	}
 }
 
 // LeaseKeepAlive renews leases in the order asked, one answer each. A lease that does not exist is answered with

@@ -47,6 +47,7 @@ type View interface {
 	Page(ctx context.Context, req *pb.RangeRequest) (*backend.RangeResult, error) // Range without Count
 	Txn(ctx context.Context, req *pb.TxnRequest) (*pb.TxnResponse, error)
 	Revision() int64
+	Auth() *backend.Auth
 	Release()
 }
 
@@ -68,6 +69,12 @@ type State interface {
 	WaitCompacted(ctx context.Context, rev int64) error
 }
 
+// Auth is who may do what at present, and whose tokens are good.
+type Auth interface {
+	Auth() *backend.Auth
+	TokenUser(hash string, auth *backend.Auth) (user string, ok bool)
+}
+
 // Hasher makes hashes of what this process holds. The calls read the whole store.
 type Hasher interface {
 	HashKV(ctx context.Context, rev int64) (backend.KVHash, error)
@@ -80,6 +87,7 @@ type Backend interface {
 	Leases
 	State
 	Hasher
+	Auth
 }
 
 // Watcher serves one watch stream. recv returns the client's next request, io.EOF when the client will send no
@@ -138,6 +146,9 @@ type Options struct {
 	MaxRequestBytes      uint          // --max-request-bytes; 0: 1.5 MiB
 	MaxTxnOps            uint          // --max-txn-ops; 0: 128
 	MaxConcurrentStreams uint32        // per connection; 0: no limit
+	Tokens               Tokens        // --auth-token
+	BcryptCost           int           // --bcrypt-cost; 0: DefaultBcryptCost
+	ClientCertAuth       bool          // --client-cert-auth: certificates say who asks
 	SlowRequestAfter     time.Duration // --warning-unary-request-duration; 0: 300 ms
 	Keepalive            Keepalive
 }
@@ -200,6 +211,9 @@ func New(o Options) *Server {
 	}
 	if o.MaxConcurrentStreams == 0 {
 		o.MaxConcurrentStreams = math.MaxUint32
+	}
+	if o.BcryptCost == 0 {
+		o.BcryptCost = DefaultBcryptCost
 	}
 	if o.SlowRequestAfter == 0 {
 		o.SlowRequestAfter = defaultSlowRequest

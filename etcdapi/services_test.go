@@ -551,7 +551,7 @@ func TestAuthorIsTheCommonNameOfAVerifiedCertificate(t *testing.T) {
 		"verified":     {with(tls.ConnectionState{PeerCertificates: []*x509.Certificate{cert}, VerifiedChains: [][]*x509.Certificate{{cert}}}), "kube-apiserver"},
 		"not verified": {with(tls.ConnectionState{PeerCertificates: []*x509.Certificate{cert}}), ""},
 	} {
-		if got := author(c.ctx); got != c.want {
+		if got, verified := commonName(c.ctx); got != c.want || verified != (c.want != "") {
 			t.Errorf("%s: got %q, want %q", name, got, c.want)
 		}
 	}

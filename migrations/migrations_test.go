@@ -132,7 +132,7 @@ func TestUpBringsAnEmptyDatabaseToTheLatestVersionAndMayBeRepeated(t *testing.T)
 		}
 	}
 	expect(t, db, `SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite%' ORDER BY type, name`, [][]string{
-		{"table", "alarm"}, {"table", "lease"}, {"table", "member"}, {"table", "meta"}, {"table", "raft"},
+		{"table", "alarm"}, {"table", "auth_grant"}, {"table", "auth_permission"}, {"table", "auth_role"}, {"table", "auth_user"}, {"table", "lease"}, {"table", "member"}, {"table", "meta"}, {"table", "raft"},
 		{"table", "revisions"}, {"table", "schema_version"},
 		{"view", "history"}, {"view", "kv"}, {"view", "leases"}, {"view", "members"},
 	})
@@ -151,6 +151,11 @@ func TestColumnNamesAreAPublicAPI(t *testing.T) {
 		"raft":      "only applied term clock clock_term cluster",
 		"member":    "id removed learner name peer_urls client_urls",
 		"members":   "id name learner peer_urls client_urls",
+
+		"auth_user":       "name password no_password",
+		"auth_grant":      "user role",
+		"auth_role":       "name",
+		"auth_permission": "role place type key range_end",
 	} {
 		var got []string
 		for _, line := range table(t, db, "SELECT name FROM pragma_table_info('"+name+"') ORDER BY cid") {
@@ -179,7 +184,7 @@ func TestANewerSchemaIsRefusedAndLeftAlone(t *testing.T) {
 	if refused.Database != newer || refused.Latest != Latest(SQLite) {
 		t.Errorf("error carries %+v", refused)
 	}
-	for _, want := range []string{"version 5", "up to 2", "start the newer quire or restore a backup"} {
+	for _, want := range []string{"version 6", "up to 3", "start the newer quire or restore a backup"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q does not say %q", err, want)
 		}

@@ -55,11 +55,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	str("client-cert-file", "")
 	str("client-key-file", "")
 
-	// Auth.
-	str("auth-token", "simple")
-	number("bcrypt-cost", 10)
-	number("auth-token-ttl", 300)
-
 	// Logging, tracing.
 	boolean("enable-log-rotation", false)
 	str("log-rotation-config-json", `{"maxsize": 100, "maxage": 0, "maxbackups": 0, "localtime": false, "compress": false}`)

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/quire-db/quire/backend"
+	"github.com/quire-db/quire/etcdapi"
 )
 
 // etcd's defaults (server/v3/embed, the const block above Config), which are ours too.
@@ -55,6 +56,10 @@ type config struct {
 	TLS                    tlsFiles
 	AutoTLS                bool
 	SelfSignedCertValidity uint // years
+
+	AuthToken    string
+	AuthTokenTTL uint // seconds
+	BcryptCost   uint
 
 	MaxRequestBytes             uint
 	MaxTxnOps                   uint
@@ -145,6 +150,9 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.StringVar(&c.TLS.CertFile, "cert-file", "", "Path to the server's TLS certificate (PEM). Reloaded when it changes.")
 	fs.StringVar(&c.TLS.KeyFile, "key-file", "", "Path to the server's TLS key (PEM). Reloaded when it changes.")
 	fs.StringVar(&c.TLS.TrustedCAFile, "trusted-ca-file", "", "Path to the CA certificates (PEM) that client certificates must be signed by; requires client certificates.")
+	fs.StringVar(&c.AuthToken, "auth-token", "simple", "Tokens of users: simple, or jwt,pub-key=FILE,priv-key=FILE,sign-method=RS256,ttl=5m.")
+	fs.UintVar(&c.AuthTokenTTL, "auth-token-ttl", 300, "Seconds for which a simple token is good that is not used.")
+	fs.UintVar(&c.BcryptCost, "bcrypt-cost", uint(etcdapi.DefaultBcryptCost), "How long the hash of a password takes: each step doubles it.")
 	fs.BoolVar(&c.TLS.ClientCertAuth, "client-cert-auth", false, "Require client certificates.")
 	fs.StringVar(&c.TLS.CRLFile, "client-crl-file", "", "Path to the revocation list (DER or PEM) for client certificates.")
 	fs.Var((*commaList)(&c.TLS.AllowedHostnames), "client-cert-allowed-hostname", "Comma-separated host names, one of which a client certificate must bear.")

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
@@ -62,6 +63,11 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		return err
 	}
 
+	tokens, err := authTokens(c, lg)
+	if err != nil {
+		return lastWords(err, lg)
+	}
+
 	// The database, and this member's part in its cluster. Last to close: whoever comes later may still be writing to it.
 	metrics := etcdapi.NewMetrics(etcdapi.MetricsOptions{Extensive: c.Metrics == "extensive"})
 	watch := &storageWatch{lg: lg, metrics: metrics}
@@ -83,7 +89,9 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		zap.Int64("size-bytes", stats.DBSize), zap.Duration("took", time.Since(started)))
 
 	// The poller reads committed rows, so it lives shorter than the database; the API's watch streams end before it.
+	var api *etcdapi.Server
 	poller := watchpoller.Start(db, watchpoller.Options{
+		Permit: func(ctx context.Context, req *pb.WatchCreateRequest) string { return api.PermitWatch(ctx, req) },
 		Header:           st.header,
 		ProgressInterval: c.WatchProgressNotifyInterval,
 		MaxResponseBytes: int(min(c.MaxRequestBytes, 1<<30)) + 512<<10, // etcd: maxRequestBytes + grpcOverheadBytes
@@ -100,7 +108,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	})
 	defer poller.Close()
 
-	api := etcdapi.New(etcdapi.Options{
+	api = etcdapi.New(etcdapi.Options{
 		Backend:         db,
 		View:            func() etcdapi.View { return db.View() },
 		Watcher:         poller,
@@ -117,6 +125,9 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		MaxTxnOps:            c.MaxTxnOps,
 		MaxConcurrentStreams: c.MaxConcurrentStreams,
 		SlowRequestAfter:     c.WarningUnaryRequestDuration,
+		Tokens:               tokens,
+		BcryptCost:           bcryptCost(c, lg),
+		ClientCertAuth:       c.TLS.ClientCertAuth,
 		Keepalive: etcdapi.Keepalive{
 			MinTime: c.GRPCKeepAliveMinTime, Interval: c.GRPCKeepAliveInterval, Timeout: c.GRPCKeepAliveTimeout,
 		},

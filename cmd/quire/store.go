@@ -117,6 +117,7 @@ func (w *storageWatch) options(c *config, id uint64) backend.Options {
 		QuotaBytes:      c.QuotaBackendBytes,
 		ValueCacheBytes: c.ValueCacheBytes,
 		MinLeaseTTL:     c.Cluster.minLeaseTTL(),
+		TokenTTL:        time.Duration(c.AuthTokenTTL) * time.Second,
 		MemberID:        id,
 		Hooks: backend.Hooks{
 			LoadProgress: func(done, total int64) {
