@@ -276,18 +276,22 @@ func (k *kvServer) Compact(ctx context.Context, req *pb.CompactionRequest) (*pb.
 	return resp, nil
 }
 
-// write sends req down the one way of all writes and hands back its answer. kind names it in etcd's
-// request_duration metric.
+// write sends req down the one way of all writes, as the caller of ctx may, and hands back its answer. kind names it in
+// etcd's request_duration metric.
 func write[Resp proto.Message](ctx context.Context, s *Server, kind string, req proto.Message) (resp Resp, err error) {
-	defer s.metrics.request(kind, time.Now(), &err)
-	if err := s.checkSize(req); err != nil {
-		return resp, err
-	}
 	cmd, err := s.command(ctx)
 	if err != nil {
 		return resp, toStatus(err)
 	}
 	cmd.Request = req
+	return propose[Resp](ctx, s, kind, cmd)
+}
+
+func propose[Resp proto.Message](ctx context.Context, s *Server, kind string, cmd backend.Command) (resp Resp, err error) {
+	defer s.metrics.request(kind, time.Now(), &err)
+	if err := s.checkSize(cmd.Request); err != nil {
+		return resp, err
+	}
 	s.metrics.pending.Inc()
 	answer, err := s.opts.Backend.Write(ctx, cmd)
 	s.metrics.pending.Dec()

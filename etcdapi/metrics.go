@@ -80,6 +80,8 @@ type MetricsOptions struct {
 // requestKinds are the values of the label type in etcd_server_request_duration_seconds.
 var requestKinds = [...]string{
 	"Range", "ReadonlyTxn", "Put", "DeleteRange", "Txn", "Compaction", "LeaseGrant", "LeaseRevoke", "LeaseKeepAlive", "Alarm",
+	"Authenticate", "AuthEnable", "AuthDisable", "AuthUserAdd", "AuthUserDelete", "AuthUserChangePassword", "AuthUserGrantRole",
+	"AuthUserRevokeRole", "AuthRoleAdd", "AuthRoleDelete", "AuthRoleGrantPermission", "AuthRoleRevokePermission",
 }
 
 // outcome are the observers of what succeeded and what failed.

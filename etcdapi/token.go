@@ -61,13 +61,10 @@ func (t *Tokens) give(ctx context.Context, s *Server, user string, auth *backend
 		return token, nil, err
 	}
 	token = drawToken(s.opts.Backend.Stats().AppliedIndex)
-	resp, err := s.opts.Backend.Write(ctx, backend.Command{
+	resp, err := propose[*pb.AuthenticateResponse](ctx, s, "Authenticate", backend.Command{
 		Request: &pb.InternalAuthenticateRequest{Name: user, SimpleToken: hashOf(token)},
 	})
-	if err != nil {
-		return "", nil, err
-	}
-	return token, resp.(*pb.AuthenticateResponse).Header, nil
+	return token, resp.GetHeader(), err
 }
 
 // caller is whose token it is, to be checked against auth.

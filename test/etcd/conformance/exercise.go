@@ -40,6 +40,8 @@ func Exercise(t *testing.T, begin start.Func) {
 		{"Lease", leaseCases},
 		{"Maintenance", maintenanceCases},
 		{"Cluster", clusterCases},
+		{"Auth", authCases},
+		{"Permissions", permissionCases},
 		{"Lock", lockCases},
 		{"Election", electionCases},
 		{"Gateway", gatewayCases},

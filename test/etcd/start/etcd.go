@@ -93,6 +93,15 @@ func etcdConfig(o Options, dataDir, address string, log zapcore.WriteSyncer) *em
 		c.AutoCompactionMode = o.AutoCompactionMode
 		c.AutoCompactionRetention = o.AutoCompactionRetention
 	}
+	if o.AuthToken != "" {
+		c.AuthToken = o.AuthToken
+	}
+	if o.AuthTokenTTL != 0 {
+		c.AuthTokenTTL = o.AuthTokenTTL
+	}
+	if o.BcryptCost != 0 {
+		c.BcryptCost = o.BcryptCost
+	}
 	return c
 }
 

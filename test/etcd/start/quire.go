@@ -100,6 +100,15 @@ func quireFlags(o Options) []string {
 	if o.AutoCompactionMode != "" {
 		args = append(args, "--auto-compaction-mode="+o.AutoCompactionMode, "--auto-compaction-retention="+o.AutoCompactionRetention)
 	}
+	if o.AuthToken != "" {
+		args = append(args, "--auth-token="+o.AuthToken)
+	}
+	if o.AuthTokenTTL != 0 {
+		args = append(args, "--auth-token-ttl="+strconv.FormatUint(uint64(o.AuthTokenTTL), 10))
+	}
+	if o.BcryptCost != 0 {
+		args = append(args, "--bcrypt-cost="+strconv.FormatUint(uint64(o.BcryptCost), 10))
+	}
 	return args
 }
 

@@ -26,6 +26,9 @@ type Options struct {
 	WatchProgressNotify     time.Duration
 	AutoCompactionMode      string // "periodic" or "revision"
 	AutoCompactionRetention string
+	AuthToken               string // "simple", or "jwt" with its options
+	AuthTokenTTL            uint   // seconds
+	BcryptCost              uint
 }
 
 // Func starts one fresh server, which is stopped when the test ends.
