@@ -324,7 +324,8 @@ func (s spans) merged() spans {
 	return out
 }
 
-// cover says whether all of a range, which holds something, lies in one of s.
+// cover says whether all of a range lies in one of s. One that can hold nothing does not; in etcd it depends on the shape of
+// its interval tree.
 func (s spans) cover(want span) bool {
 	if want.to != nil && bytes.Compare(want.from, want.to) >= 0 {
 		return false

@@ -18,6 +18,10 @@ func (b *batch) permit(cmd *Command) error {
 		return nil
 	}
 	who := Caller{Name: cmd.Author, Revision: cmd.AuthRevision}
+	if who.Revision != 0 && who.Revision < a.revision {
+		// Who was recognized by users and roles of before may not be who they were, whatever they ask for.
+		return ErrAuthOldRevision
+	}
 	switch r := cmd.Request.(type) {
 	case *pb.PutRequest:
 		return a.checkPut(who, r, b.leaseKeys)

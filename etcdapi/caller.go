@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/quire-db/quire/backend"
 )
@@ -57,16 +58,24 @@ func (s *Server) caller(ctx context.Context, auth *backend.Auth) (backend.Caller
 	return backend.Caller{}, nil
 }
 
-// command is a write as its caller may ask for it.
-func (s *Server) command(ctx context.Context) (backend.Command, error) {
-	who, err := s.caller(ctx, s.opts.Backend.Auth())
+// command is req as its caller asks for it.
+func (s *Server) command(ctx context.Context, req proto.Message) (backend.Command, error) {
+	auth := s.opts.Backend.Auth()
+	who, err := s.caller(ctx, auth)
 	if err != nil {
 		return backend.Command{}, err
 	}
 	if who.Revision == 0 {
 		who.Name, _ = commonName(ctx) // for the history
+		return backend.Command{Request: req, Author: who.Name}, nil
 	}
-	return backend.Command{Author: who.Name, AuthRevision: who.Revision}, nil
+	switch req.(type) {
+	case *pb.PutRequest, *pb.DeleteRangeRequest, *pb.TxnRequest:
+	default:
+		// A JSON web token of an older revision is good for what is not about keys, as in etcd.
+		who.Revision = max(who.Revision, auth.Revision())
+	}
+	return backend.Command{Request: req, Author: who.Name, AuthRevision: who.Revision}, nil
 }
 
 // permit checks the caller against auth.

@@ -2,11 +2,13 @@ package etcdapi
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
@@ -278,13 +280,26 @@ func (k *kvServer) Compact(ctx context.Context, req *pb.CompactionRequest) (*pb.
 
 // write sends req down the one way of all writes, as the caller of ctx may, and hands back its answer. kind names it in
 // etcd's request_duration metric.
+//
+// What this process knows of users and roles may be behind what is committed, so that it took the caller for somebody of an
+// older auth revision, or for nobody. Nothing was written then, and it is tried again by what it knows after a look at what
+// is committed; unless that makes no difference, as for a token that is itself of an old revision.
 func write[Resp proto.Message](ctx context.Context, s *Server, kind string, req proto.Message) (resp Resp, err error) {
-	cmd, err := s.command(ctx)
-	if err != nil {
-		return resp, toStatus(err)
+	cmd, err := s.command(ctx, req)
+	for err == nil {
+		resp, err = propose[Resp](ctx, s, kind, cmd)
+		if !errors.Is(err, rpctypes.ErrGRPCAuthOldRevision) && !errors.Is(err, rpctypes.ErrGRPCUserEmpty) {
+			return resp, err
+		}
+		refused, by := err, cmd.AuthRevision
+		if err = s.ready(ctx, false); err == nil {
+			cmd, err = s.command(ctx, req)
+		}
+		if err == nil && cmd.AuthRevision <= by {
+			return resp, refused
+		}
 	}
-	cmd.Request = req
-	return propose[Resp](ctx, s, kind, cmd)
+	return resp, toStatus(err)
 }
 
 func propose[Resp proto.Message](ctx context.Context, s *Server, kind string, cmd backend.Command) (resp Resp, err error) {

@@ -41,14 +41,15 @@ func (l *leaseServer) LeaseTimeToLive(ctx context.Context, req *pb.LeaseTimeToLi
 	if err := l.s.ready(ctx, false); err != nil {
 		return nil, toStatus(err)
 	}
+	status, ok := l.s.opts.Backend.Lease(req.ID, req.Keys)
+	err := l.s.permit(ctx, l.s.opts.Backend.Auth(), func(a *backend.Auth, who backend.Caller) error {
+		return a.CheckLeaseRead(who, status.Keys)
+	})
+	if err != nil {
+		return nil, toStatus(err)
+	}
 	resp := &pb.LeaseTimeToLiveResponse{Header: l.s.header(nil), ID: req.ID, TTL: -1}
-	if status, ok := l.s.opts.Backend.Lease(req.ID, req.Keys); ok {
-		err := l.s.permit(ctx, l.s.opts.Backend.Auth(), func(a *backend.Auth, who backend.Caller) error {
-			return a.CheckLeaseRead(who, status.Keys)
-		})
-		if err != nil {
-			return nil, toStatus(err)
-		}
+	if ok {
 		resp.TTL, resp.GrantedTTL = status.TTL, status.GrantedTTL
 		if req.Keys {
 			resp.Keys = status.Keys

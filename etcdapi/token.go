@@ -87,7 +87,9 @@ func (t *Tokens) caller(ctx context.Context, s *Server, token string, auth *back
 	if err := s.ready(ctx, false); err != nil {
 		return backend.Caller{}, err
 	}
-	auth = s.opts.Backend.Auth()
+	if auth = s.opts.Backend.Auth(); !auth.Enabled() {
+		return backend.Caller{}, nil
+	}
 	if user, ok := s.opts.Backend.TokenUser(hash, auth); ok {
 		return backend.Caller{Name: user, Revision: auth.Revision()}, nil
 	}

@@ -91,7 +91,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	// The poller reads committed rows, so it lives shorter than the database; the API's watch streams end before it.
 	var api *etcdapi.Server
 	poller := watchpoller.Start(db, watchpoller.Options{
-		Permit: func(ctx context.Context, req *pb.WatchCreateRequest) string { return api.PermitWatch(ctx, req) },
+		Permit:           func(ctx context.Context, req *pb.WatchCreateRequest) string { return api.PermitWatch(ctx, req) },
 		Header:           st.header,
 		ProgressInterval: c.WatchProgressNotifyInterval,
 		MaxResponseBytes: int(min(c.MaxRequestBytes, 1<<30)) + 512<<10, // etcd: maxRequestBytes + grpcOverheadBytes
