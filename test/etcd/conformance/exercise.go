@@ -47,6 +47,16 @@ func Exercise(t *testing.T, begin start.Func) {
 		{"Gateway", gatewayCases},
 		{"HTTP", httpCases},
 		{"Errors", errorCases},
+		{"Client", clientCases},
+		{"Session", sessionCases},
+		{"STM", stmCases},
+		{"Leasing", leasingCases},
+		{"Mirror", mirrorCases},
+		{"Namespace", namespaceCases},
+		{"Ordering", orderingCases},
+		{"Kubernetes", kubernetesCases},
+		{"Naming", namingCases},
+		{"Recipes", recipeCases},
 	} {
 		t.Run(service.name, func(t *testing.T) {
 			for _, c := range service.cases {
