@@ -83,6 +83,7 @@ var stmCases = []testCase{
 			}
 			var all sync.WaitGroup
 			for who, c := range clients {
+				x.value(c, account(0)) // its process knows the accounts now, also for serializable reads
 				all.Go(func() {
 					for i := range times {
 						from, to := account(who+i), account(who+2*i+1)
