@@ -50,15 +50,20 @@ func (e *electionServer) campaign(ctx context.Context, req *v3electionpb.Campaig
 	leader := &v3electionpb.LeaderKey{Name: req.Name, Key: []byte(p.key), Rev: p.created, Lease: lease}
 	if p.found && !bytes.Equal(p.value, req.Value) {
 		if _, err = e.proclaim(ctx, leader, req.Value); err != nil {
-			q.leave(ctx, p.key)
+			q.leave(ctx, p)
 			return nil, err
 		}
 	}
-	if err := q.wait(ctx, p.created); err != nil {
-		if ctx.Err() != nil {
-			q.leave(ctx, p.key)
+	_, held, err := q.wait(ctx, p)
+	switch {
+	case err != nil:
+		// Who is told that he does not lead must not come to lead later. A place that he had before he keeps, unless he goes.
+		if !p.found || ctx.Err() != nil {
+			q.leave(ctx, p)
 		}
 		return nil, err
+	case !held: // his lease has ended meanwhile, or somebody has taken him out
+		return nil, errNotElected
 	}
 	return &v3electionpb.CampaignResponse{Header: p.header, Leader: leader}, nil
 }

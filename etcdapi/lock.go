@@ -41,19 +41,15 @@ func (l *lockServer) lock(ctx context.Context, req *v3lockpb.LockRequest) (*v3lo
 	if p.first {
 		return &v3lockpb.LockResponse{Header: p.header, Key: []byte(p.key)}, nil
 	}
-	var mine *pb.RangeResponse
-	if err = q.wait(ctx, p.created); err == nil {
-		// The lease may have ended meanwhile.
-		mine, err = q.kv().read1(ctx, &pb.RangeRequest{Key: []byte(p.key)})
-	}
+	header, held, err := q.wait(ctx, p)
 	switch {
 	case err != nil:
-		q.leave(ctx, p.key)
+		q.leave(ctx, p)
 		return nil, err
-	case len(mine.Kvs) == 0:
+	case !held: // its lease has ended meanwhile, or somebody has unlocked it
 		return nil, errSessionExpired
 	}
-	return &v3lockpb.LockResponse{Header: mine.Header, Key: []byte(p.key)}, nil
+	return &v3lockpb.LockResponse{Header: header, Key: []byte(p.key)}, nil
 }
 
 // Unlock deletes the key; it does not matter whether it is there.

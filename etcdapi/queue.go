@@ -27,7 +27,8 @@ type queue struct {
 	prefix string
 }
 
-// place is a key in a queue.
+// place is a key in a queue. It is this one as long as the key was created at that revision: one that is taken out of the queue
+// and enters again, with the same lease, has the same key at the end.
 type place struct {
 	key     string
 	created int64  // revision
@@ -40,7 +41,7 @@ type place struct {
 // sessionTTL is that of a lease which a caller leaves to the server, in seconds (etcd: concurrency.defaultSessionTTL).
 const sessionTTL = 60
 
-// leaveTimeout bounds the removal of a place whose owner has gone.
+// leaveTimeout bounds what is done for a caller who has gone.
 const leaveTimeout = 5 * time.Second
 
 // session returns the lease, or a new one where there is none, which nobody keeps alive.
@@ -52,13 +53,20 @@ func (s *Server) session(ctx context.Context, lease int64) (int64, error) {
 	return granted.GetID(), err
 }
 
-// enter takes a place at the end of the queue, or finds the one that the lease has.
+// enter takes a place at the end of the queue, or finds the one that the lease has. Who goes away while entering has left.
 func (q *queue) enter(ctx context.Context, lease int64, value []byte) (*place, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	p := &place{key: fmt.Sprintf("%s%x", q.prefix, lease)}
 	first := operation(&pb.RangeRequest{
 		Key: []byte(q.prefix), RangeEnd: prefixEnd(q.prefix), Limit: 1, SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_ASCEND,
 	})
-	resp, err := q.kv().Txn(ctx, &pb.TxnRequest{
+	// The answer is waited for though the caller has gone: without it nobody could leave, and the others would wait for the
+	// place until its lease ends.
+	sure, cancel := outlasting(ctx)
+	defer cancel()
+	resp, err := q.kv().Txn(sure, &pb.TxnRequest{
 		Compare: []*pb.Compare{createdAt(p.key, 0)},
 		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(p.key), Value: value, Lease: lease}}}, first},
 		Failure: []*pb.RequestOp{operation(&pb.RangeRequest{Key: []byte(p.key)}), first},
@@ -71,37 +79,61 @@ func (q *queue) enter(ctx context.Context, lease int64, value []byte) (*place, e
 		kv := resp.Responses[0].GetResponseRange().Kvs[0]
 		p.created, p.value = kv.CreateRevision, kv.Value
 	}
+	if err := ctx.Err(); err != nil && !p.found {
+		q.leave(ctx, p)
+		return nil, err
+	}
 	owner := resp.Responses[1].GetResponseRange().GetKvs()
 	p.first = len(owner) == 0 || owner[0].CreateRevision == p.created
 	return p, nil
 }
 
-// wait returns when nobody stands in front of what was created at a revision.
-func (q *queue) wait(ctx context.Context, created int64) error {
-	for {
-		resp, err := q.kv().read1(ctx, &pb.RangeRequest{
-			Key: []byte(q.prefix), RangeEnd: prefixEnd(q.prefix), Limit: 1, MaxCreateRevision: created - 1,
+// outlasting is ctx, and leaveTimeout more once that is done.
+func outlasting(ctx context.Context) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	unlink := context.AfterFunc(ctx, func() { time.AfterFunc(leaveTimeout, cancel) })
+	return longer, func() { unlink(); cancel() }
+}
+
+// wait returns when nobody stands in front of a place. held is false if the place was lost, which is noticed when the one in
+// front has gone.
+func (q *queue) wait(ctx context.Context, p *place) (header *pb.ResponseHeader, held bool, err error) {
+	look := &pb.TxnRequest{Success: []*pb.RequestOp{
+		operation(&pb.RangeRequest{Key: []byte(p.key), MinCreateRevision: p.created, MaxCreateRevision: p.created}),
+		operation(&pb.RangeRequest{
+			Key: []byte(q.prefix), RangeEnd: prefixEnd(q.prefix), Limit: 1, MaxCreateRevision: p.created - 1,
 			SortTarget: pb.RangeRequest_CREATE, SortOrder: pb.RangeRequest_DESCEND,
-		})
-		if err != nil || len(resp.Kvs) == 0 {
-			return err
+		}),
+	}}
+	for {
+		resp, err := q.kv().Txn(ctx, look)
+		if err != nil {
+			return nil, false, err
+		}
+		held := len(resp.Responses[0].GetResponseRange().Kvs) > 0
+		before := resp.Responses[1].GetResponseRange().Kvs
+		if !held || len(before) == 0 {
+			return resp.Header, held, nil
 		}
 		// Only the one right in front: the others have to go first anyway.
 		err = q.s.follow(ctx, &pb.WatchCreateRequest{
-			Key: resp.Kvs[0].Key, StartRevision: resp.Header.Revision, Filters: []pb.WatchCreateRequest_FilterType{pb.WatchCreateRequest_NOPUT},
+			Key: before[0].Key, StartRevision: resp.Header.Revision, Filters: []pb.WatchCreateRequest_FilterType{pb.WatchCreateRequest_NOPUT},
 		}, func(*pb.ResponseHeader, *mvccpb.Event) (bool, error) { return true, nil })
 		if err != nil && !errors.Is(err, backend.ErrCompacted) { // then it may be gone: look again
-			return err
+			return nil, false, err
 		}
 	}
 }
 
 // leave gives a place up, also when its owner's context is over.
-func (q *queue) leave(ctx context.Context, key string) {
+func (q *queue) leave(ctx context.Context, p *place) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveTimeout)
 	defer cancel()
 	// If it fails, the end of the lease does it.
-	_, _ = q.kv().DeleteRange(ctx, &pb.DeleteRangeRequest{Key: []byte(key)})
+	_, _ = q.kv().Txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{createdAt(p.key, p.created)},
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(p.key)}}}},
+	})
 }
 
 func (q *queue) kv() *kvServer { return &kvServer{s: q.s} }
