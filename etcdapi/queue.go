@@ -95,8 +95,8 @@ func outlasting(ctx context.Context) (context.Context, context.CancelFunc) {
 	return longer, func() { unlink(); cancel() }
 }
 
-// wait returns when nobody stands in front of a place. held is false if the place was lost, which is noticed when the one in
-// front has gone.
+// wait returns when nobody stands in front of a place. held is false if the place was lost meanwhile; as in etcd, that is said
+// when it would have its turn.
 func (q *queue) wait(ctx context.Context, p *place) (header *pb.ResponseHeader, held bool, err error) {
 	look := &pb.TxnRequest{Success: []*pb.RequestOp{
 		operation(&pb.RangeRequest{Key: []byte(p.key), MinCreateRevision: p.created, MaxCreateRevision: p.created}),
@@ -110,10 +110,9 @@ func (q *queue) wait(ctx context.Context, p *place) (header *pb.ResponseHeader, 
 		if err != nil {
 			return nil, false, err
 		}
-		held := len(resp.Responses[0].GetResponseRange().Kvs) > 0
 		before := resp.Responses[1].GetResponseRange().Kvs
-		if !held || len(before) == 0 {
-			return resp.Header, held, nil
+		if len(before) == 0 {
+			return resp.Header, len(resp.Responses[0].GetResponseRange().Kvs) > 0, nil
 		}
 		// Only the one right in front: the others have to go first anyway.
 		err = q.s.follow(ctx, &pb.WatchCreateRequest{
