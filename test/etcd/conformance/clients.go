@@ -1,18 +1,13 @@
 package conformance
 
 import (
+	"context"
 	"errors"
-	"fmt"
-	"io"
-	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
-
-	"github.com/quire-db/quire/test/etcd/start"
 )
 
 // clients are etcd's own clients, each on another process where several serve the store.
@@ -123,32 +118,26 @@ func (x *exam) waiting(c *clientv3.Client, prefix string, n int64) {
 	})
 }
 
-var watchersMetric = regexp.MustCompile(`(?m)^etcd_debugging_mvcc_watcher_total ([0-9]+)$`)
+// noticed is a Watcher that tells when it is asked for a watch.
+type noticed struct {
+	clientv3.Watcher
+	asked chan struct{}
+}
 
-// watched returns once n watchers are there, with all processes.
-func (x *exam) watched(n int) {
-	x.Helper()
-	servers := x.Processes
-	if len(servers) == 0 {
-		servers = []*start.Server{x.Server}
+// Watch implements clientv3.Watcher.
+func (n *noticed) Watch(ctx context.Context, key string, options ...clientv3.OpOption) clientv3.WatchChan {
+	select {
+	case n.asked <- struct{}{}:
+	default: // told already
 	}
-	x.until(fmt.Sprintf("%d watchers are there", n), func() bool {
-		sum := 0
-		for _, s := range servers {
-			r, err := s.Get(x.ctx, "/metrics")
-			x.done("get the metrics", err)
-			text, err := io.ReadAll(r.Body)
-			x.done("get the metrics", errors.Join(err, r.Body.Close()))
-			found := watchersMetric.FindSubmatch(text)
-			if found == nil {
-				x.Fatal("no metric counts watchers")
-			}
-			here, err := strconv.Atoi(string(found[1]))
-			x.done("count the watchers", err)
-			sum += here
-		}
-		return sum == n
-	})
+	return n.Watcher.Watch(ctx, key, options...)
+}
+
+// watches tells when a client begins to watch: who enters a queue does so once he knows his place.
+func watches(c *clientv3.Client) <-chan struct{} {
+	n := &noticed{c.Watcher, make(chan struct{}, 1)}
+	c.Watcher = n
+	return n.asked
 }
 
 // until asks again and again, for 10 s.

@@ -113,18 +113,20 @@ var sessionCases = []testCase{
 
 		x.refused("a try of another session", other.TryLock(x.ctx), concurrency.ErrLocked)
 		x.waiting(clients[0], "lock/", 1)
+		watching := watches(clients[1])
 		ctx, cancel := context.WithCancel(x.ctx)
 		waits := begin(func() error { return other.Lock(ctx) })
-		x.watched(1) // it has the answer to its entry
+		next(x, "the waiter's watch", watching) // so it has the answer to its entry
 		cancel()
 		x.refused("who stops waiting", next(x, "the waiter", waits), context.Canceled)
 		x.waiting(clients[0], "lock/", 1)
 
 		locked := make(chan error, 1)
 		go func() {
+			defer close(locked)
 			l := concurrency.NewLocker(second, "lock")
 			l.Lock()
-			l.Unlock()
+			defer l.Unlock()
 			locked <- nil
 		}()
 		x.waiting(clients[0], "lock/", 2)
@@ -132,6 +134,7 @@ var sessionCases = []testCase{
 		blocked(x, "a sync.Locker", locked)
 		x.done("unlock", m.Unlock(x.ctx))
 		next(x, "the sync.Locker", locked)
+		closes(x, "the sync.Locker", locked) // its client must outlive it
 		x.refused("a second unlock", m.Unlock(x.ctx), concurrency.ErrLockReleased)
 	}},
 
@@ -213,9 +216,10 @@ var sessionCases = []testCase{
 		x.done("proclaim", resumed.Proclaim(x.ctx, "eins"))
 		sees(e, "eins")
 
+		watching := watches(clients[1])
 		canceled, cancelCampaign := context.WithCancel(x.ctx)
 		campaign := begin(func() error { return rival.Campaign(canceled, "two") })
-		x.watched(2) // the observer's, and that of the campaign, which has the answer to its entry
+		next(x, "the campaign's watch", watching) // so it has the answer to its entry
 		cancelCampaign()
 		x.refused("a campaign given up", next(x, "the campaign", campaign), context.Canceled)
 		x.waiting(clients[0], "vote/", 1)
