@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"os"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -41,7 +42,9 @@ type Options struct {
 	MemberID uint64
 	// TokenTTL is for how long a token of Authenticate is good that is not used. 0: 5 minutes.
 	TokenTTL time.Duration
-	Hooks    Hooks
+	// SnapshotDir is where EtcdSnapshot writes on Postgres; it is made if missing. Empty: os.TempDir().
+	SnapshotDir string
+	Hooks       Hooks
 }
 
 const (
@@ -62,6 +65,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.TokenTTL == 0 {
 		o.TokenTTL = defaultTokenTTL
+	}
+	if o.SnapshotDir == "" {
+		o.SnapshotDir = os.TempDir()
 	}
 	return o
 }

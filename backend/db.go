@@ -48,7 +48,8 @@ type DB struct {
 	subscribeMu sync.Mutex
 	subscribers atomic.Pointer[[]*subscriber]
 
-	hashTurn chan struct{} // see hashPage
+	hashTurn   chan struct{} // see hashPage
+	defragTurn chan struct{} // see Defragment
 
 	compactor  compactor
 	ctx        context.Context // ends with Close
@@ -67,7 +68,10 @@ func OpenSQLite(ctx context.Context, path string, o Options) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = refuseMember(file); err != nil {
+	if err = refuseMember(file); err == nil {
+		err = removeSnapshots(file.path)
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("opening %s: %w", path, err), file.close())
 	}
 	return openOnFile(ctx, file, nil, o)
@@ -103,6 +107,7 @@ func newDB(log storage, o Options, r *replica) *DB {
 		opened:        time.Now(),
 		drawLeaseID:   drawLeaseID,
 		hashTurn:      make(chan struct{}, 1),
+		defragTurn:    make(chan struct{}, 1),
 	}
 	db.queue.init()
 	db.leases.init()

@@ -71,7 +71,11 @@ func appendBytes(b []byte, tag byte, v []byte) []byte {
 
 func (kv *keyValue) appendFrame(b []byte) []byte {
 	b = append(b, tagFrame)
-	b = protowire.AppendVarint(b, uint64(kv.messageSize()))
+	return kv.appendMessage(protowire.AppendVarint(b, uint64(kv.messageSize())))
+}
+
+// appendMessage appends the encoded KeyValue alone.
+func (kv *keyValue) appendMessage(b []byte) []byte {
 	b = appendBytes(b, tagKey, kv.key)
 	b = appendInt(b, tagCreateRevision, kv.create)
 	b = appendInt(b, tagModRevision, kv.mod)

@@ -121,8 +121,7 @@ func (db *DB) hashRows(ctx context.Context, v *View, after, upTo int64, maxRows 
 		rows++
 		bytes += int64(len(w.key) + len(w.value))
 		last = w.rev
-		// A deletion at exactly the compaction revision stays until the next compaction.
-		if w.rev > v.compact || (!w.deleted || w.rev == v.compact) && left.have(w) {
+		if left.keep(w) {
 			h.row(w)
 		}
 		return true
@@ -185,6 +184,11 @@ type newestRows struct {
 	}
 }
 
+// keep says whether a compaction at the revision leaves w. A deletion at exactly that revision stays until the next one.
+func (n *newestRows) keep(w *storedRow) bool {
+	return w.rev > n.rev || (!w.deleted || w.rev == n.rev) && n.have(w)
+}
+
 // have says whether w is one of them.
 func (n *newestRows) have(w *storedRow) bool {
 	slot, _, ok := n.v.keys.get(w.key)
@@ -214,9 +218,7 @@ func (h *rowHash) add(b []byte) { h.sum = crc32.Update(h.sum, castagnoli, b) }
 // row adds a row as etcd stores it. What stands before and behind the value is encoded here, so that the value need
 // not be copied.
 func (h *rowHash) row(w *storedRow) {
-	b := binary.BigEndian.AppendUint64(h.buf[:0], uint64(w.rev))
-	b = append(b, '_')
-	b = binary.BigEndian.AppendUint64(b, uint64(w.sub))
+	b := etcdRevision(h.buf[:0], w.rev, w.sub)
 	if w.deleted {
 		h.buf = appendBytes(append(b, 't'), tagKey, w.key)
 		h.add(h.buf)

@@ -20,6 +20,10 @@ func OpenPostgres(ctx context.Context, po PostgresOptions, o Options) (*DB, erro
 	if err != nil {
 		return nil, err
 	}
+	// Another process may have the same directory: its file has lost its name already, or will not miss it.
+	if err := removeSnapshots(o.withDefaults().pathOnPostgres()); err != nil {
+		return nil, err
+	}
 	p, err := newPgLog(po)
 	if err != nil {
 		return nil, err

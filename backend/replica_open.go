@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -129,15 +130,18 @@ func (db *DB) tellFailure() {
 	}
 }
 
-// removeSnapshots deletes the copies that were being made when the last process ended. REQUIRES: the database is locked.
+// removeSnapshots deletes the copies that were being made when the last process ended. REQUIRES: no other process needs a
+// file of that name, or it can do without the name.
 func removeSnapshots(path string) error {
 	entries, err := os.ReadDir(filepath.Dir(path))
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
 		return err
 	}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Name(), filepath.Base(path)+snapshotSuffix) {
-			if err := os.Remove(filepath.Join(filepath.Dir(path), e.Name())); err != nil {
+			if err := os.Remove(filepath.Join(filepath.Dir(path), e.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("an unfinished snapshot cannot be removed: %w", err)
 			}
 		}

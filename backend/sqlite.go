@@ -195,11 +195,16 @@ func (l *sqliteLog) deleteRows(ids []int64) error {
 }
 
 func (l *sqliteLog) vacuum(n int) (done bool, err error) {
+	return l.vacuumTo(max(keepFreePages, l.pages.Load()*keepFreePercent/100), n)
+}
+
+// vacuumTo gives up to n free pages back, as long as there are more than the given number.
+func (l *sqliteLog) vacuumTo(keep int64, n int) (done bool, err error) {
 	if err := l.measure(); err != nil {
 		return false, err
 	}
 	free := l.freePages.Load()
-	if free <= max(keepFreePages, l.pages.Load()*keepFreePercent/100) {
+	if free <= keep {
 		return true, nil
 	}
 	if err := l.w.exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", n)); err != nil {

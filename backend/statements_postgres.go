@@ -25,6 +25,7 @@ type pgStatements struct {
 	countRows, loadRows, checkRows                 string
 	channel, clusterID, clientURLs                 string
 	report, leave, claimSweep, finishSweep, delete string
+	vacuum                                         string
 }
 
 func newPgStatements(schema string) pgStatements {
@@ -69,6 +70,7 @@ func newPgStatements(schema string) pgStatements {
 		claimSweep:      in(`SELECT ${schema}.claim_sweep($1, $2, $3, $4)`),
 		finishSweep:     in(`SELECT FROM ${schema}.finish_sweep($1, $2, $3)`),
 		delete:          in(`SELECT FROM ${schema}.delete_rows($1)`),
+		vacuum:          in(`VACUUM ${schema}.revisions, ${schema}.commits, ${schema}.lease`),
 	}
 }
 

@@ -25,6 +25,14 @@ const (
 		typeof(key), typeof(value)
 		FROM revisions ORDER BY id`
 
+	// What a defragmentation takes out of the table, to put it back in the same transaction.
+	sqliteTakenTable = `CREATE TEMP TABLE IF NOT EXISTS taken AS SELECT * FROM main.revisions LIMIT 0`
+	sqliteRowSizes   = `SELECT id, length(key) + length(value) FROM main.revisions WHERE id > ? ORDER BY id`
+	sqliteTakeRows   = `INSERT INTO temp.taken SELECT * FROM main.revisions WHERE id > ? AND id <= ? ORDER BY id`
+	sqliteDeleteRows = `DELETE FROM main.revisions WHERE id > ? AND id <= ?`
+	sqlitePutRows    = `INSERT INTO main.revisions SELECT * FROM temp.taken ORDER BY id`
+	sqliteClearTaken = `DELETE FROM temp.taken`
+
 	sqlitePutLease = `INSERT INTO lease (id, ttl, deadline) VALUES (?, ?, ?)
 		ON CONFLICT (id) DO UPDATE SET ttl = excluded.ttl, deadline = excluded.deadline`
 	sqliteDeleteLease = `DELETE FROM lease WHERE id = ?`

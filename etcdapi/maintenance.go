@@ -10,10 +10,10 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// maintenanceServer has Status, MoveLeader, Alarm, HashKV and Hash; the other methods answer Unimplemented.
+// maintenanceServer: Snapshot and Downgrade have files of their own.
 type maintenanceServer struct {
-	s *Server
-	pb.UnimplementedMaintenanceServer
+	s                          *Server
+	pb.UnsafeMaintenanceServer // a new method of the service must break the build
 }
 
 // Status describes this member.
@@ -52,6 +52,26 @@ func (m *maintenanceServer) MoveLeader(ctx context.Context, req *pb.MoveLeaderRe
 		return nil, toStatus(err)
 	}
 	return &pb.MoveLeaderResponse{}, nil
+}
+
+// Defragment answers when it is done. It goes on when the client does not wait for it any longer, as etcd's does.
+func (m *maintenanceServer) Defragment(ctx context.Context, _ *pb.DefragmentRequest) (*pb.DefragmentResponse, error) {
+	ctx, cancel := m.s.streamContext(context.WithoutCancel(ctx))
+	defer cancel()
+	hook := m.s.opts.Hooks.Defragment
+	if hook == nil {
+		hook = func(bool, error) {}
+	}
+	hook(false, nil)
+	err := m.s.opts.Backend.Defragment(ctx)
+	hook(true, err)
+	if ctx.Err() != nil {
+		err = streamEnd(ctx)
+	}
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return &pb.DefragmentResponse{}, nil
 }
 
 // Alarm lists (GET: those of the kind asked for, NONE: all), raises or clears alarms.

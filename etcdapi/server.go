@@ -81,6 +81,12 @@ type Hasher interface {
 	Hash(ctx context.Context) (hash uint32, rev int64, err error)
 }
 
+// Keeper does what keeps the store in order. The calls take as long as the store is large, and hold nobody up.
+type Keeper interface {
+	EtcdSnapshot(ctx context.Context, s backend.EtcdSurroundings) (*backend.EtcdSnapshot, error)
+	Defragment(ctx context.Context) error
+}
+
 // Backend is the store behind the services. *backend.DB is one.
 type Backend interface {
 	Writer
@@ -88,6 +94,7 @@ type Backend interface {
 	State
 	Hasher
 	Auth
+	Keeper
 }
 
 // Watcher serves one watch stream. recv returns the client's next request, io.EOF when the client will send no
@@ -122,6 +129,10 @@ type Hooks struct {
 	// SlowRequest is called after a unary request took at least Options.SlowRequestAfter. request describes it
 	// with keys, sizes and the client's address, and without values.
 	SlowRequest func(method string, took time.Duration, request string)
+	// SnapshotSent is called when a client has got a snapshot of so many bytes, or err says why it has not.
+	SnapshotSent func(size int64, took time.Duration, err error)
+	// Defragment is called when a defragmentation that a client asked for begins, and when it has ended.
+	Defragment func(ended bool, err error)
 }
 
 // Options configure a Server. Backend, View and Watcher must be set.

@@ -69,7 +69,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	duration("compaction-sleep-interval", 0)
 	duration("downgrade-check-time", 5*time.Second)
 	duration("warning-apply-duration", 100*time.Millisecond)
-	number("bootstrap-defrag-threshold-megabytes", 0)
 	boolean("unsafe-no-fsync", false)
 
 	// Experimental in 3.5 and 3.6, feature gates since: kubeadm's older manifests still give them.

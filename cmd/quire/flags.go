@@ -72,6 +72,7 @@ type config struct {
 	AutoCompactionRetention     string
 	WatchProgressNotifyInterval time.Duration // 0: etcd's ten minutes
 	WarningUnaryRequestDuration time.Duration
+	BootstrapDefragMegabytes    uint // 0: never at the start
 	GRPCKeepAliveMinTime        time.Duration
 	GRPCKeepAliveInterval       time.Duration
 	GRPCKeepAliveTimeout        time.Duration
@@ -174,6 +175,7 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.StringVar(&c.AutoCompactionRetention, "auto-compaction-retention", "0", "History kept by automatic compaction: a duration such as 30m, hours when without unit, or revisions (0: off).")
 	fs.DurationVar(&c.WatchProgressNotifyInterval, "watch-progress-notify-interval", 0, "How often idle watches with progress_notify are told the revision (0: 10m).")
 	fs.DurationVar(&c.WarningUnaryRequestDuration, "warning-unary-request-duration", 300*time.Millisecond, "Unary requests slower than this are logged.")
+	fs.UintVar(&c.BootstrapDefragMegabytes, "bootstrap-defrag-threshold-megabytes", 0, "Defragment after the start if that is likely to free as many megabytes (0: never).")
 	fs.DurationVar(&c.GRPCKeepAliveMinTime, "grpc-keepalive-min-time", 5*time.Second, "Shortest interval at which a client may ping.")
 	fs.DurationVar(&c.GRPCKeepAliveInterval, "grpc-keepalive-interval", 2*time.Hour, "How often the server pings an idle client (0: never).")
 	fs.DurationVar(&c.GRPCKeepAliveTimeout, "grpc-keepalive-timeout", 20*time.Second, "How long the server waits for the answer to its ping.")

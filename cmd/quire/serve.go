@@ -134,7 +134,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		Hooks: etcdapi.Hooks{SlowRequest: func(method string, took time.Duration, request string) {
 			// etcd's message; its tests and dashboards look for it.
 			lg.Warn("request stats", zap.String("method", method), zap.Duration("time spent", took), zap.String("request content", request))
-		}},
+		}, SnapshotSent: logSnapshot(lg), Defragment: logDefragment(lg)},
 	})
 	defer api.Close()
 	watch.api.Store(api)
@@ -181,6 +181,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 			panic(fmt.Sprintf("checked in config.finish: %v", kerr))
 		}
 		background.Go(func() { compactorOf(lg, db, st.leads).run(working, keep) })
+		background.Go(func() { defragmentAtStart(working, lg, db, c.BootstrapDefragMegabytes) })
 
 		lg.Info("now serving peer/client/metrics", zap.String("local-member-id", fmt.Sprintf("%x", st.memberID)),
 			zap.Strings("initial-advertise-peer-urls", c.AdvertisePeerURLs.Strings()),

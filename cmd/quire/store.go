@@ -119,6 +119,7 @@ func (w *storageWatch) options(c *config, id uint64) backend.Options {
 		MinLeaseTTL:     c.Cluster.minLeaseTTL(),
 		TokenTTL:        time.Duration(c.AuthTokenTTL) * time.Second,
 		MemberID:        id,
+		SnapshotDir:     c.DataDir,
 		Hooks: backend.Hooks{
 			LoadProgress: func(done, total int64) {
 				const every = 3 * time.Second
