@@ -120,7 +120,7 @@ need-postgres:
 ## Testing
 
 .PHONY: test
-test: build build-race $(PEERS)/etcd need-sqlite3 need-postgres ## vet, unit and black-box tests with the race detector (< 10 min)
+test: build build-race $(PEERS)/etcd $(PEERS)/etcdutl need-sqlite3 need-postgres ## vet, unit and black-box tests with the race detector (< 10 min)
 	$(GO) vet ./...
 	CGO_ENABLED=1 $(GO) test $(RACE) -timeout 8m ./...
 	for module in $(TEST_MODULES); do (cd $$module && $(GO) vet ./...); done
@@ -133,7 +133,7 @@ race: need-gcc ## unit tests with the race detector, never from the cache (PKG=.
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 15m $(PKG)
 
 .PHONY: conformance
-conformance: build ## the conformance suite against etcd and bin/quire
+conformance: build $(PEERS)/etcdutl ## the conformance suite against etcd and bin/quire
 	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./conformance/...
 
 .PHONY: differential
@@ -141,7 +141,7 @@ differential: build ## random operations on etcd and quire side by side (N=10000
 	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential -args -n=$(or $(N),100000) $(if $(SEED),-seed=$(SEED))
 
 .PHONY: test-postgres
-test-postgres: build build-race $(PEERS)/kube-apiserver need-postgres ## the suites on PostgreSQL, with one process and with several (N=30000 differential operations each, SEED=…)
+test-postgres: build build-race $(PEERS)/etcdutl $(PEERS)/kube-apiserver need-postgres ## the suites on PostgreSQL, with one process and with several (N=30000 differential operations each, SEED=…)
 	CGO_ENABLED=1 $(GO) test $(RACE) -count=1 -timeout 10m -run Postgres ./backend
 	cd test/etcd && QUIRE_STORAGE=postgres QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m -skip '^TestEtcd$$' ./start ./conformance/...
 	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./outages
@@ -152,7 +152,7 @@ test-postgres: build build-race $(PEERS)/kube-apiserver need-postgres ## the sui
 	cd test/k8s && QUIRE_STORAGE=postgres QUIRE_TEST_SERVER=$(BIN)/quire $(GO) test -count=1 -parallel 12 -timeout 10m -v .
 
 .PHONY: test-raft
-test-raft: build build-race $(PEERS)/etcd $(PEERS)/etcdctl ## clusters of three: simulation, suites, etcd beside, power cuts, partitions (N=30000 differential operations, SEED=…)
+test-raft: build build-race $(PEERS)/etcd $(PEERS)/etcdctl $(PEERS)/etcdutl ## clusters of three: simulation, suites, etcd beside, power cuts, partitions (N=30000 differential operations, SEED=…)
 	$(MAKE) simulate N=10000
 	cd test/etcd && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m -skip '^TestEtcd$$' ./conformance
 	for processes in 1 3; do \

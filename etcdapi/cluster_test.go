@@ -231,7 +231,8 @@ func TestStatusIsTheClustersToo(t *testing.T) {
 func TestALearnerServesWhatEtcdsDoes(t *testing.T) {
 	f := newFakeCluster()
 	f.status.Learner = true
-	s := newTestServer(t, newFakeStore(), withCluster(f))
+	store := newFakeStore()
+	s := newTestServer(t, store, withCluster(f))
 	conn := dial(t, s)
 	ctx := t.Context()
 	kv, leases := pb.NewKVClient(conn), pb.NewLeaseClient(conn)
@@ -242,6 +243,7 @@ func TestALearnerServesWhatEtcdsDoes(t *testing.T) {
 	if _, err := pb.NewMaintenanceClient(conn).Status(ctx, &pb.StatusRequest{}); err != nil {
 		t.Errorf("Status: %v", err)
 	}
+	store.setReadErr(backend.ErrUnavailable) // it has no snapshots
 	snapshot, err := pb.NewMaintenanceClient(conn).Snapshot(ctx, &pb.SnapshotRequest{})
 	if err == nil {
 		_, err = snapshot.Recv()
@@ -249,6 +251,7 @@ func TestALearnerServesWhatEtcdsDoes(t *testing.T) {
 	if errors.Is(err, rpctypes.ErrGRPCNotSupportedForLearner) {
 		t.Errorf("Snapshot: %v", err)
 	}
+	store.setReadErr(nil)
 	receive := func(stream interface{ RecvMsg(any) error }, err error) error {
 		if err != nil {
 			return err

@@ -39,6 +39,7 @@ func Exercise(t *testing.T, begin start.Func) {
 		{"Watch", watchCases},
 		{"Lease", leaseCases},
 		{"Maintenance", maintenanceCases},
+		{"Snapshot", snapshotCases},
 		{"Cluster", clusterCases},
 		{"Auth", authCases},
 		{"Permissions", permissionCases},
