@@ -39,6 +39,7 @@ func Exercise(t *testing.T, begin start.Func) {
 		{"Watch", watchCases},
 		{"Lease", leaseCases},
 		{"Maintenance", maintenanceCases},
+		{"Upkeep", upkeepCases},
 		{"Snapshot", snapshotCases},
 		{"Cluster", clusterCases},
 		{"Auth", authCases},
