@@ -1,8 +1,12 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -230,6 +234,11 @@ func learnersAnswers(ctx context.Context, m *Member, tr *transcript) {
 	tr.note("learner: MoveLeader", err, "")
 	_, err = m.Maintenance.HashKV(ctx, &pb.HashKVRequest{})
 	tr.note("learner: HashKV", err, "")
+	_, err = m.Maintenance.Defragment(ctx, &pb.DefragmentRequest{})
+	tr.note("learner: Defragment", err, "")
+	_, err = m.Maintenance.Downgrade(ctx, &pb.DowngradeRequest{Action: pb.DowngradeRequest_CANCEL})
+	tr.note("learner: Downgrade", err, "")
+	tr.note("learner: Snapshot", wholeSnapshot(ctx, m), "")
 	if w, err := m.Watch.Watch(ctx); err == nil {
 		_, err = w.Recv()
 		tr.note("learner: Watch", err, "")
@@ -248,6 +257,30 @@ func learnersAnswers(ctx context.Context, m *Member, tr *transcript) {
 		}
 		tr.note("learner: "+path, nil, "%d %s", code, body)
 	}
+}
+
+// wholeSnapshot reads a snapshot to its end, which must be its hash.
+func wholeSnapshot(ctx context.Context, m *Member) error {
+	stream, err := m.Maintenance.Snapshot(ctx, &pb.SnapshotRequest{})
+	if err != nil {
+		return err
+	}
+	hash, last := sha256.New(), []byte(nil)
+	for {
+		r, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		hash.Write(last)
+		last = r.Blob
+	}
+	if !bytes.Equal(hash.Sum(nil), last) {
+		return errors.New("the snapshot does not end with its hash")
+	}
+	return nil
 }
 
 // knownTimeout is ErrGRPCTimeout for a write that waited for a leader in vain. etcd lets go of its own context's error there,
@@ -314,6 +347,11 @@ func TestAnswersWithoutAQuorumAreEtcds(t *testing.T) {
 		})
 		_, err = alone.Lease.LeaseGrant(ctx, &pb.LeaseGrantRequest{TTL: 10})
 		tr.note("LeaseGrant", knownTimeout(err), "")
+		tr.note("Snapshot", wholeSnapshot(ctx, alone), "")
+		_, err = alone.Maintenance.Defragment(ctx, &pb.DefragmentRequest{})
+		tr.note("Defragment", err, "")
+		_, err = alone.Maintenance.Downgrade(ctx, &pb.DowngradeRequest{Version: "3.6"})
+		tr.note("Downgrade", err, "")
 		for _, path := range []string{"/health", "/health?serializable=true", "/livez", "/readyz/non_learner"} {
 			code, body := alone.Get(path)
 			tr.note(path, nil, "%d %s", code, body)
