@@ -215,19 +215,19 @@ func (f *etcdFile) alarms(all alarmSet) error {
 }
 
 // auth adds users and roles. As in etcd there is no word of whether auth is enabled before it was.
-func (f *etcdFile) auth(a *etcdAuthState) error {
-	if err := f.put(etcdAuth, []byte("authRevision"), binary.BigEndian.AppendUint64(nil, a.revision)); err != nil {
+func (f *etcdFile) auth(a *Auth) error {
+	if err := f.put(etcdAuth, []byte("authRevision"), binary.BigEndian.AppendUint64(nil, a.Revision())); err != nil {
 		return err
 	}
-	if a.enabled {
+	if a.Enabled() {
 		if err := f.put(etcdAuth, []byte("authEnabled"), []byte{1}); err != nil {
 			return err
 		}
 	}
-	if err := putNamed(f, etcdUsers, a.users); err != nil {
+	if err := putNamed(f, etcdUsers, a.Users()); err != nil {
 		return err
 	}
-	return putNamed(f, etcdRoles, a.roles)
+	return putNamed(f, etcdRoles, a.Roles())
 }
 
 // putNamed adds messages under their names.

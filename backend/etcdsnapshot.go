@@ -73,17 +73,16 @@ func (db *DB) snapshotPath() string {
 
 func (o Options) pathOnPostgres() string { return filepath.Join(o.SnapshotDir, "quire.db") }
 
-// etcdMoment is what a snapshot is about, all as of one moment but for the rows, which the View holds.
+// etcdMoment is what a snapshot is about, all as of one moment. The View has the rows, users and roles.
 type etcdMoment struct {
 	view   *View
 	leases []LeaseStatus
 	alarms alarmSet
-	auth   *etcdAuthState
 }
 
 func (db *DB) etcdMoment() (m etcdMoment, err error) {
 	_, err = db.step(func() error {
-		m = etcdMoment{view: db.View(), leases: db.leases.granted(), alarms: db.alarms.current(), auth: db.etcdAuthState()}
+		m = etcdMoment{view: db.View(), leases: db.leases.granted(), alarms: db.alarms.current()}
 		return nil
 	})
 	return m, err
@@ -105,7 +104,7 @@ func (db *DB) writeEtcdFile(ctx context.Context, file *os.File, s *EtcdSurroundi
 		func() error { return db.writeEtcdRows(ctx, f, m.view) },
 		func() error { return f.leases(m.leases) },
 		func() error { return f.alarms(m.alarms) },
-		func() error { return f.auth(m.auth) },
+		func() error { return f.auth(m.view.Auth()) },
 		func() error { return f.cluster(s) },
 		func() error { return f.meta(s, m.view.compact) },
 		ctx.Err,

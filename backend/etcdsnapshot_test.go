@@ -17,6 +17,7 @@ import (
 	"time"
 
 	bolt "go.etcd.io/bbolt"
+	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/server/v3/lease/leasepb"
@@ -169,7 +170,18 @@ func etcdSnapshots(t *testing.T, rnd *rand.Rand, db *DB) {
 
 	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 7, TTL: 1000})
 	mustWrite(t, db, &pb.LeaseGrantRequest{ID: 1 << 40, TTL: 9})
-	mustWrite(t, db, &pb.AlarmRequest{Action: pb.AlarmRequest_ACTIVATE, MemberID: 0xdead00000000beef, Alarm: pb.AlarmType_NOSPACE})
+	for _, req := range []proto.Message{
+		&pb.AuthRoleAddRequest{Name: "r"},
+		&pb.AuthRoleGrantPermissionRequest{Name: "r", Perm: &authpb.Permission{PermType: authpb.Permission_READ, Key: []byte("a"), RangeEnd: []byte("b")}},
+		&pb.AuthUserAddRequest{Name: "root", HashedPassword: "aGFzaA=="},
+		&pb.AuthUserAddRequest{Name: "cn", Options: &authpb.UserAddOptions{NoPassword: true}},
+		&pb.AuthUserGrantRoleRequest{User: "root", Role: "root"},
+		&pb.AuthUserGrantRoleRequest{User: "root", Role: "r"},
+		&pb.AuthEnableRequest{},
+		&pb.AlarmRequest{Action: pb.AlarmRequest_ACTIVATE, MemberID: 0xdead00000000beef, Alarm: pb.AlarmType_CORRUPT},
+	} {
+		mustWrite(t, db, req)
+	}
 	_, all = takeEtcdSnapshot(t, db)
 	encoded := func(m proto.Message) string {
 		b, err := proto.Marshal(m)
@@ -182,7 +194,15 @@ func etcdSnapshots(t *testing.T, rnd *rand.Rand, db *DB) {
 		"\x00\x00\x00\x00\x00\x00\x00\x07=" + encoded(&leasepb.Lease{ID: 7, TTL: 1000}),
 		"\x00\x00\x01\x00\x00\x00\x00\x00=" + encoded(&leasepb.Lease{ID: 1 << 40, TTL: 9}),
 	})
-	mustEqual(t, "alarms", all["alarm"], []string{encoded(&pb.AlarmMember{MemberID: 0xdead00000000beef, Alarm: pb.AlarmType_NOSPACE}) + "="})
+	mustEqual(t, "auth", all["auth"], []string{"authEnabled=\x01", "authRevision=\x00\x00\x00\x00\x00\x00\x00\x07"})
+	mustEqual(t, "roles", all["authRoles"], []string{
+		"r=" + encoded(&authpb.Role{Name: []byte("r"), KeyPermission: []*authpb.Permission{{PermType: authpb.Permission_READ, Key: []byte("a"), RangeEnd: []byte("b")}}}),
+	})
+	mustEqual(t, "users", all["authUsers"], []string{
+		"cn=" + encoded(&authpb.User{Name: []byte("cn"), Options: &authpb.UserAddOptions{NoPassword: true}}),
+		"root=" + encoded(&authpb.User{Name: []byte("root"), Password: []byte("hash"), Roles: []string{"r", "root"}, Options: &authpb.UserAddOptions{}}),
+	})
+	mustEqual(t, "alarms", all["alarm"], []string{encoded(&pb.AlarmMember{MemberID: 0xdead00000000beef, Alarm: pb.AlarmType_CORRUPT}) + "="})
 }
 
 // TestEtcdSnapshotsDuringWrites: several are written at once, while others write and compact; each is what the store was at

@@ -13,8 +13,10 @@ import (
 	"strings"
 	"sync"
 
+	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/quire-db/quire/test/etcd/start"
@@ -97,7 +99,7 @@ func sameStore(x, y *exam, from int64) {
 		ask := &pb.HashKVRequest{Revision: rev}
 		hash, err := x.Maintenance.HashKV(x.ctx, ask)
 		x.must(err, ask)
-		again, err := y.Maintenance.HashKV(x.ctx, ask)
+		again, err := y.Maintenance.HashKV(y.ctx, ask)
 		x.must(err, ask)
 		hash.Header, again.Header = nil, nil
 		same(x, fmt.Sprintf("the hash of revision %d", rev), again, hash)
@@ -126,6 +128,31 @@ func sameStore(x, y *exam, from int64) {
 		return fmt.Sprint(r.Alarms)
 	}
 	equal(x, "the alarms", alarms(y), alarms(x))
+}
+
+// accounts is what there is of users, roles and permissions.
+func accounts(x *exam) string {
+	x.Helper()
+	enabled, revision := x.authStatus()
+	all := []string{fmt.Sprintf("enabled %v, revision %d", enabled, revision)}
+	users, err := x.auth().UserList(x.ctx, &pb.AuthUserListRequest{})
+	x.must(err, &pb.AuthUserListRequest{})
+	for _, name := range users.Users {
+		r, err := x.auth().UserGet(x.ctx, &pb.AuthUserGetRequest{Name: name})
+		x.must(err, &pb.AuthUserGetRequest{})
+		all = append(all, fmt.Sprintf("user %s: %q", name, r.Roles))
+	}
+	roles, err := x.auth().RoleList(x.ctx, &pb.AuthRoleListRequest{})
+	x.must(err, &pb.AuthRoleListRequest{})
+	for _, name := range roles.Roles {
+		r, err := x.auth().RoleGet(x.ctx, &pb.AuthRoleGetRequest{Role: name})
+		x.must(err, &pb.AuthRoleGetRequest{})
+		for _, p := range r.Perm {
+			name += fmt.Sprintf(" %v %q %q", p.PermType, p.Key, p.RangeEnd)
+		}
+		all = append(all, "role "+name)
+	}
+	return strings.Join(all, "\n")
 }
 
 // goesOn writes to an etcd that was restored: revisions go on from where they were, leases work.
@@ -220,6 +247,61 @@ var snapshotCases = []testCase{
 			x.must(err, end)
 		}
 		goesOn(y, 2, 0, "")
+	}},
+
+	{name: "a snapshot has users and roles, and only root gets one", options: cheap, run: func(x *exam) {
+		x.addRole(x.ctx, "empty")
+		x.addRole(x.ctx, "some", perm(read, "a", "c"), perm(readWrite, "d", ""), perm(writing, "e", "\x00"))
+		x.addUser(x.ctx, "ann", "some", "empty")
+		x.addUser(x.ctx, "bob")
+		nobody := &pb.AuthUserAddRequest{Name: "cn", Options: &authpb.UserAddOptions{NoPassword: true}}
+		_, err := x.auth().UserAdd(x.ctx, nobody)
+		x.must(err, nobody)
+		x.put("a", "1")
+		root := &exam{T: x.T, Server: x.Server, ctx: x.enable()}
+		for who, want := range map[string]error{"ann": rpctypes.ErrGRPCPermissionDenied, "": rpctypes.ErrGRPCUserEmpty} {
+			ctx := x.ctx
+			if who != "" {
+				ctx = x.login(who)
+			}
+			stream, err := x.Maintenance.Snapshot(ctx, &pb.SnapshotRequest{})
+			if err == nil {
+				_, err = stream.Recv()
+			}
+			x.wantError(err, want)
+			_, err = x.Maintenance.Defragment(ctx, &pb.DefragmentRequest{})
+			x.wantError(err, want)
+			_, err = x.Maintenance.Downgrade(ctx, &pb.DowngradeRequest{Version: "3.5"})
+			x.wantError(err, want)
+		}
+		root.defragment()
+
+		restored := x.restored(root.snapshot())
+		admin := &exam{T: x.T, Server: restored.Server, ctx: restored.login("root")}
+		sameStore(root, admin, 0)
+		equal(x, "users and roles", accounts(admin), accounts(root))
+		_, err = restored.KV.Range(restored.login("ann"), &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b")})
+		x.must(err, &pb.RangeRequest{})
+		_, err = restored.KV.Put(restored.login("ann"), &pb.PutRequest{Key: []byte("a")})
+		x.wantError(err, rpctypes.ErrGRPCPermissionDenied)
+		_, err = restored.KV.Put(restored.login("ann"), &pb.PutRequest{Key: []byte("d")})
+		x.must(err, &pb.PutRequest{})
+		for _, who := range []string{"bob", "cn"} {
+			wrong := &pb.AuthenticateRequest{Name: who, Password: "wrong"}
+			_, want := x.auth().Authenticate(x.ctx, wrong)
+			_, got := restored.auth().Authenticate(x.ctx, wrong)
+			x.wantError(got, want)
+		}
+	}},
+
+	{name: "a snapshot of a store whose auth was switched off", options: cheap, run: func(x *exam) {
+		root := x.enable()
+		_, err := x.auth().AuthDisable(root, &pb.AuthDisableRequest{})
+		x.must(err, &pb.AuthDisableRequest{})
+		y := x.restored(x.snapshot())
+		sameStore(x, y, 0)
+		equal(x, "users and roles", accounts(y), accounts(x))
+		goesOn(y, 1, 0, "")
 	}},
 
 	{name: "a snapshot that is taken during writes is the store at one revision", run: func(x *exam) {

@@ -178,6 +178,12 @@ func (s *spread) name(response any) {
 // NewStream implements grpc.ClientConnInterface. A stream stays with its process.
 func (s *spread) NewStream(ctx context.Context, desc *grpc.StreamDesc, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	p := s.draw()
+	if method == pb.Maintenance_Snapshot_FullMethodName {
+		// Whether auth is on is looked up before the request is there.
+		if err := p.catchUp(ctx); err != nil {
+			return nil, err
+		}
+	}
 	stream, err := p.Conn.NewStream(ctx, desc, method, opts...)
 	if err != nil {
 		return nil, err
