@@ -255,6 +255,50 @@ func TestEtcdSnapshotsDuringWrites(t *testing.T) {
 	writing.Wait()
 }
 
+// TestEtcdSnapshotHasTheLeasesOfItsRows: rows and leases are of one moment, while leases come and go.
+func TestEtcdSnapshotHasTheLeasesOfItsRows(t *testing.T) {
+	db := openTest(t, testPath(t), Options{})
+	done := make(chan struct{})
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		for id := int64(1); ; id++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			mustWrite(t, db, &pb.LeaseGrantRequest{ID: id, TTL: 1000})
+			mustWrite(t, db, &pb.PutRequest{Key: []byte("k"), Lease: id})
+			mustWrite(t, db, &pb.LeaseRevokeRequest{ID: id})
+		}
+	})
+	attached := 0
+	for range 100 {
+		_, all := takeEtcdSnapshot(t, db)
+		if len(all["key"]) == 0 {
+			continue
+		}
+		row := all["key"][len(all["key"])-1]
+		value := strings.TrimPrefix(row[17:], "t")[1:] // behind the revision
+		kv := new(mvccpb.KeyValue)
+		mustDo(t, proto.Unmarshal([]byte(value), kv))
+		want := 0
+		if kv.Lease != 0 {
+			attached++
+			want = 1
+		}
+		if len(all["lease"]) < want || len(all["lease"]) > 1 || want == 1 &&
+			!strings.HasPrefix(all["lease"][0], string(binary.BigEndian.AppendUint64(nil, uint64(kv.Lease)))) {
+			t.Errorf("the newest row is %v, the leases are %q", kv, all["lease"])
+		}
+	}
+	close(done)
+	writing.Wait()
+	if attached == 0 {
+		t.Error("no snapshot met a key with a lease: the test tests nothing")
+	}
+}
+
 // TestEtcdSnapshotThatNobodyWants: whose context ends leaves nothing behind, and holds nothing any longer.
 func TestEtcdSnapshotThatNobodyWants(t *testing.T) {
 	db := openTest(t, testPath(t), Options{})
