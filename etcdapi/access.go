@@ -1,6 +1,7 @@
 package etcdapi
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
@@ -15,6 +16,9 @@ type Access struct {
 	Hosts   []string // that requests without TLS may name
 	// Rejected is told of the host of a request that was refused. It may be nil.
 	Rejected func(host string)
+	// NamedByCertificate says whether clients are known by the common names of their certificates at present, which does not
+	// work through the JSON gateway. nil: they are not.
+	NamedByCertificate func() bool
 }
 
 func (a *Access) allows(list []string, what string) bool {
@@ -41,6 +45,11 @@ func (a *Access) Handler(h http.Handler) http.Handler {
 			http.Error(w, fmt.Sprintf("this server does not answer to the name %q without TLS (CVE-2018-5702, DNS rebinding): use TLS, or add the name to --host-whitelist", host), http.StatusMisdirectedRequest)
 			return
 		}
+		if r.TLS != nil && strings.HasPrefix(r.URL.Path, "/v3/") && bearsName(r.TLS) && a.NamedByCertificate != nil && a.NamedByCertificate() {
+			// etcd's text.
+			http.Error(w, "CommonName of client sending a request against gateway will be ignored and not used as expected", http.StatusBadRequest)
+			return
+		}
 		if origin := r.Header.Get("Origin"); a.allows(a.Origins, "*") {
 			allowOrigin(w, "*")
 		} else if a.allows(a.Origins, origin) {
@@ -51,6 +60,16 @@ func (a *Access) Handler(h http.Handler) http.Handler {
 		}
 		h.ServeHTTP(w, r)
 	})
+}
+
+// bearsName says whether a client has shown a certificate with a common name.
+func bearsName(state *tls.ConnectionState) bool {
+	for _, chain := range state.VerifiedChains {
+		if len(chain) > 0 && chain[0].Subject.CommonName != "" {
+			return true
+		}
+	}
+	return false
 }
 
 func allowOrigin(w http.ResponseWriter, origin string) {

@@ -155,6 +155,9 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	access := etcdapi.Access{Origins: c.CORS, Hosts: c.HostWhitelist, Rejected: func(host string) {
 		lg.Warn("rejecting HTTP request to prevent DNS rebinding attacks", zap.String("host", host))
 	}}
+	if c.TLS.ClientCertAuth && c.EnableGateway {
+		access.NamedByCertificate = func() bool { return db.Auth().Enabled() }
+	}
 	cl := newClients(lg, clientOptions{
 		TLS: certs, GRPC: server, Handler: access.Handler(clientHandler(handler, gate, profiles)), Metrics: metricsHandler(handler), Gateway: gate,
 		MaxConcurrentStreams: c.MaxConcurrentStreams,

@@ -3,11 +3,13 @@ package quireonly
 import (
 	"bytes"
 	"context"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -215,5 +217,70 @@ func TestATokenIsGoodEverywhere(t *testing.T) {
 		if _, err := p.KV.Put(ctx, &pb.PutRequest{Key: []byte("a")}); err != nil {
 			t.Fatalf("login %d: %v", i, err)
 		}
+	}
+}
+
+// With --client-cert-auth a user is whoever their certificate names, without any password. A token goes before it, and the
+// JSON gateway, which knows no certificates, refuses those who bring one with a name instead of taking them for nobody.
+func TestUsersAreKnownByTheirCertificates(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	certFile, keyFile := ca.issue(t.TempDir(), "server", 2)
+	address := start.FreeAddress(t)
+	data := filepath.Join(t.TempDir(), "d")
+	p := start.Run(t, nil, append(start.StorageFlags(t, data), "--data-dir="+data, "--bcrypt-cost=4",
+		"--listen-client-urls=https://"+address, "--advertise-client-urls=https://"+address,
+		"--cert-file="+certFile, "--key-file="+keyFile, "--trusted-ca-file="+ca.file, "--client-cert-auth")...)
+	if err := p.WaitReady(30 * time.Second); err != nil {
+		t.Fatalf("%v\n%s", err, p.Output())
+	}
+	as := func(name string) *start.Server {
+		conn, err := start.Dial(address, ca.client(name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return &start.Server{Conn: conn, KV: pb.NewKVClient(conn)}
+	}
+	gateway := func(name string) int {
+		c := http.Client{Transport: &http.Transport{TLSClientConfig: ca.client(name), DisableKeepAlives: true}}
+		r, err := c.Post("https://"+address+"/v3/kv/range", "application/json", strings.NewReader(`{"key":"YQ=="}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Body.Close()
+		return r.StatusCode
+	}
+	if code := gateway("ann"); code != http.StatusOK {
+		t.Errorf("the gateway while auth is off: %d", code)
+	}
+	ann, root, nobody := as("ann"), as("root"), as("nobody")
+	withAuth(t, ann)
+	key := func(k string) *pb.PutRequest { return &pb.PutRequest{Key: []byte(k)} }
+	if _, err := ann.KV.Put(t.Context(), key("a")); err != nil {
+		t.Error(err)
+	}
+	if _, err := ann.KV.Put(t.Context(), key("b")); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a key of others: %v", err)
+	}
+	if _, err := root.KV.Put(t.Context(), key("b")); err != nil {
+		t.Error(err)
+	}
+	if _, err := nobody.KV.Put(t.Context(), key("a")); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("by a name that is no user's: %v", err)
+	}
+	// Root's token on ann's connection.
+	if _, err := ann.KV.Put(login(t, ann, "root", rootPassword), key("b2")); err != nil {
+		t.Error(err)
+	}
+	if _, err := root.KV.Put(metadata.AppendToOutgoingContext(t.Context(), "token", "none"), key("b")); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("a token of nobody: %v", err)
+	}
+	if code := gateway("ann"); code != http.StatusBadRequest {
+		t.Errorf("the gateway with a certificate: %d", code)
+	}
+	rows := column(t, data, "SELECT key||' by '||author FROM history ORDER BY revision")
+	if got, want := strings.Join(rows, "|"), "a by ann|b by root|b2 by root"; got != want {
+		t.Errorf("history %q, want %q", got, want)
 	}
 }
