@@ -43,13 +43,14 @@ func (b *batch) authChanged() bool { return b.st.auth != b.was.auth }
 // authChange returns what the batch has changed.
 func (b *batch) authChange() *authChange {
 	c := b.st.auth.since(b.was.auth)
+	c.Ended = b.st.auth.epoch != b.was.auth.epoch
 	c.Tokens = b.goodTokens()
 	return c
 }
 
-// since returns what has become of was. It is in order: the same change is the same JSON everywhere.
+// since returns what has become of was: users, roles and the switch. It is in order: the same change is the same JSON everywhere.
 func (a *Auth) since(was *Auth) *authChange {
-	c := &authChange{Enabled: a.enabled, Ended: a.epoch != was.epoch, Revision: a.revision}
+	c := &authChange{Enabled: a.enabled, Revision: a.revision}
 	for _, name := range changedNames(was.users, a.users, func(u *authUser) *authpb.User { return u.User }) {
 		c.Users = append(c.Users, userEntry(name, a.User(name)))
 	}

@@ -21,7 +21,7 @@ func dump(t *testing.T, db *DB) []string {
 	settled(t, db)
 	var out []string
 	alone(t, db, func() error {
-		for _, table := range []string{"revisions", "lease", "alarm", "meta", "raft", "member"} {
+		for _, table := range []string{"revisions", "lease", "alarm", "meta", "raft", "member", "auth_user", "auth_grant", "auth_role", "auth_permission"} {
 			columns := 0
 			if err := eachRow(sqliteOf(db).w, "SELECT count(*) FROM pragma_table_info('"+table+"')", func(s *stmt) error {
 				columns = int(s.columnInt64(0))
@@ -29,7 +29,11 @@ func dump(t *testing.T, db *DB) []string {
 			}); err != nil {
 				return err
 			}
-			if err := eachRow(sqliteOf(db).w, "SELECT * FROM "+table+" ORDER BY 1, 2", func(s *stmt) error {
+			order := "1, 2"
+			if columns == 1 {
+				order = "1"
+			}
+			if err := eachRow(sqliteOf(db).w, "SELECT * FROM "+table+" ORDER BY "+order, func(s *stmt) error {
 				line := table
 				for i := range columns {
 					line += fmt.Sprintf(" %.60q", s.columnBlob(i))
@@ -118,9 +122,14 @@ func (m *entryMaker) txn(depth int) *pb.TxnRequest {
 
 func (m *entryMaker) command() *pending {
 	rnd := m.rnd
-	p := &pending{cmd: Command{Author: []string{"", "ann", "b\x00b"}[rnd.IntN(3)]}}
+	p := &pending{cmd: Command{Author: []string{"", "ann", "b\x00b", rootUser}[rnd.IntN(4)]}}
+	if p.cmd.Author != "" && rnd.IntN(5) > 0 {
+		p.cmd.AuthRevision = 1 << 40 // whatever has changed since
+	}
 	lease := 1 + rnd.Int64N(8)
 	switch n := rnd.IntN(100); {
+	case n < 12:
+		p.cmd.Request = randomAuth(rnd)
 	case n < 40:
 		p.cmd.Request = m.put()
 	case n < 50:
