@@ -44,7 +44,11 @@ type Options struct {
 	TokenTTL time.Duration
 	// SnapshotDir is where EtcdSnapshot writes on Postgres; it is made if missing. Empty: os.TempDir().
 	SnapshotDir string
-	Hooks       Hooks
+	// CompactionBatch is how many rows a compaction deletes in one transaction. 0 or less: what takes about a millisecond.
+	CompactionBatch int
+	// CompactionPause is how long a compaction waits between two of these, at least.
+	CompactionPause time.Duration
+	Hooks           Hooks
 }
 
 const (
@@ -69,6 +73,7 @@ func (o Options) withDefaults() Options {
 	if o.SnapshotDir == "" {
 		o.SnapshotDir = os.TempDir()
 	}
+	o.CompactionBatch = max(o.CompactionBatch, 0)
 	return o
 }
 

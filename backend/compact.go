@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -30,7 +31,7 @@ import (
 const (
 	sweepEntries  = 1024 // records that one step looks at
 	tombstoneWork = 4    // records that are as much work as taking a key out of the tree
-	deleteRows    = 256  // rows that one step deletes; under a millisecond
+	deleteRows    = 256  // rows that one step deletes unless Options say otherwise; under a millisecond
 	vacuumPages   = 64   // pages that one step gives back; about a millisecond
 )
 
@@ -177,7 +178,7 @@ func (db *DB) removeGarbage(int64) (rows int64, err error) {
 	}
 	slices.Sort(ids)
 	rows = int64(len(ids))
-	rest := resting{db: db}
+	rest := resting{db: db, least: db.opts.CompactionPause}
 	for len(ids) > 0 {
 		took, err := db.step(func() (err error) { ids, err = db.deleteGarbage(ids, file); return err })
 		if err != nil {
@@ -220,8 +221,9 @@ func (db *DB) vacuum() error {
 // resting leaves time to others between the steps of background work, whatever the disk: half of it while there are
 // writes, and more if the steps are long; a fifth while there are none, and who reads does not wait for a step.
 type resting struct {
-	db  *DB
-	rev int64
+	db    *DB
+	rev   int64
+	least time.Duration
 }
 
 // after a step that took so long; false when the database is being closed.
@@ -234,7 +236,7 @@ func (r *resting) after(took time.Duration) bool {
 		took = min(4*took, time.Second)
 	}
 	r.rev = rev
-	return r.db.pause(took)
+	return r.db.pause(max(took, r.least))
 }
 
 // step runs f under the commit token and says how long it took. An error is reported.
@@ -334,7 +336,7 @@ func (db *DB) deleteGarbage(ids []int64, file uint64) (rest []int64, err error) 
 	if file != db.st.file {
 		return nil, nil
 	}
-	n := min(len(ids), deleteRows)
+	n := min(len(ids), cmp.Or(db.opts.CompactionBatch, deleteRows))
 	if err := db.log.deleteRows(ids[:n]); err != nil {
 		db.st.garbage = append(db.st.garbage, ids...)
 		return nil, err

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -136,10 +137,10 @@ func (db *DB) sweepShared(target int64) (rows int64, err error) {
 	if !mine {
 		return int64(len(ids)), nil
 	}
-	rest := resting{db: db}
+	rest := resting{db: db, least: db.opts.CompactionPause}
 	claimed := time.Now()
 	for left := ids; len(left) > 0; {
-		part := left[:min(len(left), pgSweepRows)]
+		part := left[:min(len(left), cmp.Or(db.opts.CompactionBatch, pgSweepRows))]
 		start := time.Now()
 		err := p.read(db.ctx, func(ctx context.Context, c *pgconn.PgConn) error {
 			return pgQuery(ctx, c, p.sql.delete, new(pgArgs).int8s(len(part), func(i int) int64 { return part[i] }), nil)

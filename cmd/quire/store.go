@@ -120,6 +120,8 @@ func (w *storageWatch) options(c *config, id uint64) backend.Options {
 		TokenTTL:        time.Duration(c.AuthTokenTTL) * time.Second,
 		MemberID:        id,
 		SnapshotDir:     c.DataDir,
+		CompactionBatch: c.CompactionBatch,
+		CompactionPause: c.CompactionPause,
 		Hooks: backend.Hooks{
 			LoadProgress: func(done, total int64) {
 				const every = 3 * time.Second
