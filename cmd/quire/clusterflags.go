@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3discovery"
 )
 
 // The values of --initial-cluster-state.
@@ -29,6 +30,7 @@ type clusterFlags struct {
 	State          string // --initial-cluster-state
 	DiscoverySRV   string
 	SRVName        string
+	Discovery      *v3discovery.DiscoveryConfig // without endpoints: none
 	ForceNew       bool
 
 	Heartbeat, ElectionTimeout uint // ms
@@ -55,6 +57,7 @@ type clusterFlags struct {
 // firstStartFlags are read until a member is initialized, and ignored from then on, as in etcd.
 var firstStartFlags = []string{
 	"initial-cluster", "initial-cluster-state", "initial-cluster-token", "initial-advertise-peer-urls", "discovery-srv", "discovery-srv-name",
+	"discovery-endpoints", "discovery-token",
 }
 
 func addClusterFlags(fs *pflag.FlagSet, c *config) {
@@ -68,6 +71,7 @@ func addClusterFlags(fs *pflag.FlagSet, c *config) {
 	fs.Var(&choice{value: &f.State, of: []string{stateNew, stateExisting}}, "initial-cluster-state", "new, or existing to join a cluster that has added this member.")
 	fs.StringVar(&f.DiscoverySRV, "discovery-srv", "", "DNS domain whose SRV records name the members of the cluster.")
 	fs.StringVar(&f.SRVName, "discovery-srv-name", "", "Suffix of the SRV service names: _etcd-server-<name>._tcp.")
+	f.Discovery = newDiscovery(fs)
 	fs.BoolVar(&f.ForceNew, "force-new-cluster", false, "Make this member, with the data it has, the only one of its cluster.")
 
 	fs.UintVar(&f.Heartbeat, "heartbeat-interval", 100, "How often the leader tells the other members that it is there, in milliseconds.")
@@ -106,13 +110,17 @@ const clusterOnly = "quire-cluster"
 
 // check is the part of etcd's Config.Validate about clusters, with its texts and in its order.
 func (f *clusterFlags) check(fs *pflag.FlagSet, gates *featureGates) error {
-	if f.DiscoverySRV != "" && fs.Changed("initial-cluster") {
+	ways := 0
+	for _, chosen := range []bool{fs.Changed("initial-cluster"), f.DiscoverySRV != "", len(f.Discovery.Endpoints) > 0} {
+		if chosen {
+			ways++
+		}
+	}
+	if ways > 1 {
 		return errors.New(`multiple discovery or bootstrap flags are set. Choose one of "initial-cluster", "discovery-endpoints" or "discovery-srv"`)
 	}
-	for _, name := range []string{"discovery-token", "discovery-endpoints"} {
-		if fs.Changed(name) {
-			return fmt.Errorf("--%s: quire does not ask a discovery service; name the members with --initial-cluster or --discovery-srv", name)
-		}
+	if err := checkDiscovery(f.Discovery); err != nil {
+		return err
 	}
 	switch {
 	case f.Heartbeat == 0:
@@ -187,7 +195,7 @@ func exists(path string) bool {
 func (c *config) chooseStorage(fs *pflag.FlagSet) error {
 	scheme, _, _ := strings.Cut(c.Storage, "://")
 	member := exists(c.raftDir()) || exists(c.leftDir())
-	clustered := fs.Changed("initial-cluster") || c.Cluster.State == stateExisting || c.Cluster.DiscoverySRV != "" || c.Cluster.ForceNew
+	clustered := fs.Changed("initial-cluster") || c.Cluster.State == stateExisting || c.Cluster.discovers() || c.Cluster.ForceNew
 	switch {
 	case exists(c.leftDir()) && !exists(c.raftDir()) && !(c.Storage != "" && c.Cluster.ForceNew):
 		return fmt.Errorf("this member was leaving its cluster (%s) when it was interrupted: start it once more with --storage sqlite://PATH --force-new-cluster", c.leftDir())
@@ -220,8 +228,15 @@ func (c *config) refuseCluster(instead string) error {
 		return fmt.Errorf("--initial-cluster-state=%s: a %s storage cannot join a cluster; %s", stateExisting, c.Kind, instead)
 	case c.Cluster.DiscoverySRV != "":
 		return fmt.Errorf("--discovery-srv: a %s storage is no member of a cluster; %s", c.Kind, instead)
+	case c.Cluster.discovers():
+		return fmt.Errorf("--discovery-endpoints: a %s storage is no member of a cluster; %s", c.Kind, instead)
 	}
 	return nil
+}
+
+// discovers tells whether the members of the cluster are to be found elsewhere than in --initial-cluster.
+func (f *clusterFlags) discovers() bool {
+	return f.DiscoverySRV != "" || len(f.Discovery.Endpoints) > 0
 }
 
 // initialNames are the different names in --initial-cluster.

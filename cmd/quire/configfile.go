@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -15,9 +16,11 @@ import (
 
 // sections of etcd's configuration file (server/v3/embed: configJSON, securityConfig) and the prefix that turns a
 // name inside into the flag of the same meaning; renamed holds those for which that is not enough.
+// What stands in a group is read as if it stood outside.
 var sections = map[string]struct {
 	prefix  string
 	renamed map[string]string
+	groups  []string
 }{
 	"client-transport-security": {renamed: map[string]string{
 		"allowed-hostname": "client-cert-allowed-hostname", "crl-file": "client-crl-file",
@@ -25,8 +28,10 @@ var sections = map[string]struct {
 	"peer-transport-security": {prefix: "peer-", renamed: map[string]string{
 		"allowed-cn": "peer-cert-allowed-cn", "allowed-hostname": "peer-cert-allowed-hostname",
 	}},
-	"socket-options":   {prefix: "socket-"},
-	"discovery-config": {prefix: "discovery-"},
+	"socket-options": {prefix: "socket-"},
+	"discovery-config": {prefix: "discovery-", groups: []string{"client", "secure", "auth"}, renamed: map[string]string{
+		"username": "discovery-user",
+	}},
 }
 
 // readConfigFile sets flags from a YAML (or JSON) file in the shape of etcd.conf.yml.sample. Everything goes
@@ -57,6 +62,9 @@ func readConfigFile(path string, c *config, fs *pflag.FlagSet) error {
 		if !ok {
 			return fmt.Errorf("--config-file %s: invalid %s: it must hold names and values", path, key)
 		}
+		if inner = ungroup(inner, section.groups); inner == nil {
+			return fmt.Errorf("--config-file %s: invalid %s: each of %s must hold names and values", path, key, strings.Join(section.groups, ", "))
+		}
 		for _, name := range sortedKeys(inner) {
 			flag, ok := section.renamed[name]
 			if !ok {
@@ -70,6 +78,29 @@ func readConfigFile(path string, c *config, fs *pflag.FlagSet) error {
 	return nil
 }
 
+// ungroup returns the names and values with those in groups taken out of them; nil where a group holds something else.
+func ungroup(values map[string]any, groups []string) map[string]any {
+	flat := make(map[string]any, len(values))
+	for name, value := range values {
+		if !slices.Contains(groups, name) {
+			flat[name] = value
+			continue
+		}
+		if value == nil {
+			continue
+		}
+		group, ok := value.(map[string]any)
+		if ok {
+			group = ungroup(group, groups)
+		}
+		if group == nil {
+			return nil
+		}
+		maps.Copy(flat, group)
+	}
+	return flat
+}
+
 func setFromFile(c *config, fs *pflag.FlagSet, path, key, flag string, value any) error {
 	if key == "client-transport-security.allowed-cn" { // etcd has no flag for it
 		if text, err := scalar(value); err != nil || text != "" {
@@ -77,7 +108,8 @@ func setFromFile(c *config, fs *pflag.FlagSet, path, key, flag string, value any
 		}
 	}
 	f := fs.Lookup(flag)
-	if f == nil || flag == "config-file" || flag == "version" {
+	// etcd's file has no discovery-fallback; its sample has, with a value that the flag refuses.
+	if f == nil || flag == "config-file" || flag == "version" || flag == "discovery-fallback" {
 		c.note("unknown key in the configuration file", "key", key, "config-file", path)
 		return nil
 	}

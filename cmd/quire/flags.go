@@ -70,6 +70,8 @@ type config struct {
 	ValueCacheBytes             int64
 	AutoCompactionMode          string
 	AutoCompactionRetention     string
+	CompactionBatch             int
+	CompactionPause             time.Duration
 	WatchProgressNotifyInterval time.Duration // 0: etcd's ten minutes
 	WarningUnaryRequestDuration time.Duration
 	BootstrapDefragMegabytes    uint // 0: never at the start
@@ -173,6 +175,8 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.Int64Var(&c.QuotaBackendBytes, "quota-backend-bytes", 0, "Size at which the NOSPACE alarm is raised, in bytes (0: 2 GiB; negative: none).")
 	fs.StringVar(&c.AutoCompactionMode, "auto-compaction-mode", modePeriodic, "What --auto-compaction-retention means: periodic (a duration) or revision (a number of revisions).")
 	fs.StringVar(&c.AutoCompactionRetention, "auto-compaction-retention", "0", "History kept by automatic compaction: a duration such as 30m, hours when without unit, or revisions (0: off).")
+	fs.IntVar(&c.CompactionBatch, "compaction-batch-limit", 0, "Rows that a compaction deletes at a time (0: quire chooses).")
+	fs.DurationVar(&c.CompactionPause, "compaction-sleep-interval", 0, "How long a compaction waits between two of these, at least.")
 	fs.DurationVar(&c.WatchProgressNotifyInterval, "watch-progress-notify-interval", 0, "How often idle watches with progress_notify are told the revision (0: 10m).")
 	fs.DurationVar(&c.WarningUnaryRequestDuration, "warning-unary-request-duration", 300*time.Millisecond, "Unary requests slower than this are logged.")
 	fs.UintVar(&c.BootstrapDefragMegabytes, "bootstrap-defrag-threshold-megabytes", 0, "Defragment after the start if that is likely to free as many megabytes (0: never).")
@@ -293,12 +297,12 @@ func loadConfig(args, env []string) (*config, error) {
 	return c, c.finish(fs, false)
 }
 
-// explain adds to a parse error what the flag wants.
+// explain says what is wrong with a flag as Go's flag package does, and so etcd, and adds what the flag wants.
 func explain(fs *pflag.FlagSet, err error) error {
 	var bad *pflag.InvalidValueError
 	if errors.As(err, &bad) {
 		if f := bad.GetFlag(); f != nil {
-			return fmt.Errorf("%w; --%s: %s", err, f.Name, f.Usage)
+			return fmt.Errorf("invalid value %q for flag -%s: %w; --%s: %s", bad.GetValue(), f.Name, bad.Unwrap(), f.Name, f.Usage)
 		}
 	}
 	return err
@@ -390,7 +394,7 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 	}
 	switch {
 	case fs.Changed("initial-cluster"):
-	case c.Cluster.DiscoverySRV != "":
+	case c.Cluster.discovers():
 		c.InitialCluster = ""
 	default:
 		// etcd's InitialClusterFromName: without --initial-cluster the member is its own cluster.

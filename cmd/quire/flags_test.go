@@ -82,6 +82,12 @@ func TestFlagForms(t *testing.T) {
 		{args: "--snapshot-count 10 --max-learners=2", want: func(c *config) bool {
 			return c.Kind == storageSQLite && hasNote(c, "--snapshot-count has no effect: this is no member") && hasNote(c, "--max-learners has no effect")
 		}},
+		{args: "--max-snapshots=5 --v2-deprecation gone", want: func(c *config) bool {
+			return hasNote(c, "--max-snapshots is deprecated") && hasNote(c, "--v2-deprecation is deprecated") && !hasNote(c, "no effect")
+		}},
+		{args: "--compaction-batch-limit=3 --compaction-sleep-interval=1h", want: func(c *config) bool {
+			return c.CompactionBatch == 3 && c.CompactionPause == time.Hour && !hasNote(c, "no effect")
+		}},
 		{args: "--heartbeat-interval 10 --election-timeout 1234", want: func(c *config) bool {
 			return c.Cluster.heartbeat() == 10*time.Millisecond && c.Cluster.electionTimeout() == 1230*time.Millisecond && !hasNote(c, "no effect")
 		}},
@@ -147,6 +153,7 @@ func TestStorageIsChosen(t *testing.T) {
 		{"--data-dir " + plain + " --initial-cluster default=http://h:1,b=http://h:2", storageRaft, plain + "/quire.db"},
 		{"--data-dir " + plain + " --initial-cluster-state existing", storageRaft, plain + "/quire.db"},
 		{"--data-dir " + plain + " --discovery-srv example.com", storageRaft, plain + "/quire.db"},
+		{"--data-dir " + plain + " --discovery-token t --discovery-endpoints http://h:1", storageRaft, plain + "/quire.db"},
 		{"--data-dir " + plain + " --force-new-cluster", storageRaft, plain + "/quire.db"},
 		{"--data-dir " + member, storageRaft, member + "/quire.db"},
 		{"--data-dir " + plain + " --storage sqlraft:///d/q.db", storageRaft, "/d/q.db"},
@@ -232,6 +239,7 @@ func TestRefusedFlags(t *testing.T) {
 		{args: "--storage sqlite:///d/q.db --discovery-srv example.com", want: "no member of a cluster"},
 		{args: "--storage postgres://u@h/db --initial-cluster default=http://h:1,b=http://h:2", want: "equals already"},
 		{args: "--storage postgres://u:geheim@h/db --initial-cluster-state existing", want: "cannot join a cluster"},
+		{args: "--v2-deprecation=not-yet", usage: true, want: `invalid value "not-yet" for flag -v2-deprecation: invalid value "not-yet"`},
 		{args: "--heartbeat-interval 0", want: "--heartbeat-interval must be >0 (set to 0ms)"},
 		{args: "--election-timeout 0", want: "--election-timeout must be >0 (set to 0ms)"},
 		{args: "--election-timeout 499", want: "--election-timeout[499ms] should be at least as 5 times as --heartbeat-interval[100ms]"},
@@ -239,7 +247,10 @@ func TestRefusedFlags(t *testing.T) {
 		{args: "--compact-hash-check-time 0s", want: "--compact-hash-check-time must be >0 (set to 0s)"},
 		{args: "--corrupt-check-time=-1s", want: "--corrupt-check-time must not be negative"},
 		{args: "--initial-cluster default=http://h:1 --discovery-srv example.com", want: "multiple discovery or bootstrap flags are set"},
-		{args: "--discovery-token t --discovery-endpoints http://h:1", want: "does not ask a discovery service"},
+		{args: "--discovery-token t --discovery-endpoints http://h:1 --discovery-srv example.com", want: "multiple discovery or bootstrap flags are set"},
+		{args: "--discovery-token t", want: "both --discovery-token and --discovery-endpoints must be set"},
+		{args: "--discovery-endpoints http://h:1", want: "both --discovery-token and --discovery-endpoints must be set"},
+		{args: "--storage sqlite:///d/q.db --discovery-token t --discovery-endpoints http://h:1", want: "no member of a cluster"},
 		{args: "--feature-gates LeaseCheckpointPersist=true", want: "requires enabling feature gate LeaseCheckpoint"},
 		{args: "--listen-peer-urls http://example.com:1", want: "expected IP in URL for binding (http://example.com:1)"},
 		{args: "--storage mysql://h/db", want: "not known"},
@@ -297,6 +308,7 @@ watch-progress-notify-interval: 5000000000
 grpc-keepalive-min-time: 7s
 enable-pprof: true
 nobody-knows: 1
+discovery-fallback: proxy
 cipher-suites: [
   TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
   TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384
@@ -314,6 +326,15 @@ peer-transport-security:
   allowed-cn: [a, b]
 socket-options:
   reuse-port: true
+discovery-config:
+  token: t
+  client:
+    endpoints: [http://127.0.0.1:3]
+    dial-timeout: 3000000000
+    secure:
+      insecure-transport: false
+    auth:
+      username: u
 `
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -344,6 +365,9 @@ socket-options:
 			t.Error("no warning of what the file overrides")
 		case c.Cluster.TLS.Files.CertFile != "/pc" || len(c.Cluster.TLS.Files.AllowedCNs) != 2:
 			t.Errorf("peer-transport-security gave %+v", c.Cluster.TLS)
+		case c.Cluster.Discovery.Token != "t" || !slices.Equal(c.Cluster.Discovery.Endpoints, []string{"http://127.0.0.1:3"}) ||
+			c.Cluster.Discovery.DialTimeout != 3*time.Second || c.Cluster.Discovery.Secure.InsecureTransport || c.Cluster.Discovery.Auth.Username != "u":
+			t.Errorf("discovery-config gave %+v", c.Cluster.Discovery)
 		}
 	}
 }
@@ -351,8 +375,9 @@ socket-options:
 func TestConfigFileMistakes(t *testing.T) {
 	dir := t.TempDir()
 	for text, want := range map[string]string{
-		"quota-backend-bytes: lots":    "quota-backend-bytes",
-		"client-transport-security: x": "client-transport-security",
+		"quota-backend-bytes: lots":     "quota-backend-bytes",
+		"client-transport-security: x":  "client-transport-security",
+		"discovery-config: {client: x}": "discovery-config",
 		// Ignored, it would let in clients that it keeps out.
 		"client-transport-security: {allowed-cn: [a]}": "allowed-cn is not supported",
 		"name: {a: b}":                           "one value is expected",

@@ -132,7 +132,7 @@ func (c *config) beginning(ctx context.Context, lg *zap.Logger) (*beginning, err
 	if c.MustBeMember {
 		return nil, fmt.Errorf("%s is not the log of a member that has been started: its first start did not come to an end; give the flags of that again, --initial-cluster and so on", c.raftDir())
 	}
-	initial := c.InitialCluster
+	initial, token := c.InitialCluster, c.InitialClusterToken
 	if f.DiscoverySRV != "" {
 		found, err := sqlraft.Discover(ctx, nil, f.DiscoverySRV, f.SRVName, c.Name, c.AdvertisePeerURLs.Strings())
 		if err != nil {
@@ -146,11 +146,17 @@ func (c *config) beginning(ctx context.Context, lg *zap.Logger) (*beginning, err
 		}
 		lg.Info("got bootstrap from DNS for etcd-server", zap.String("initial-cluster", initial))
 	}
+	if len(f.Discovery.Endpoints) > 0 && f.State == stateNew {
+		if initial, err = c.discover(ctx, lg); err != nil {
+			return nil, err
+		}
+		token = f.Discovery.Token
+	}
 	if b.tls, err = f.TLS.settle(c, f.ListenPeerURLs, lg); err != nil {
 		return nil, err
 	}
 	found, err := sqlraft.Bootstrap(ctx, sqlraft.BootstrapOptions{
-		Name: c.Name, InitialCluster: initial, Existing: f.State == stateExisting, Token: c.InitialClusterToken,
+		Name: c.Name, InitialCluster: initial, Existing: f.State == stateExisting, Token: token,
 		PeerURLs: c.AdvertisePeerURLs.Strings(), MaxLearners: f.MaxLearners,
 		ClientTLS: b.tls.client, LocalAddr: b.localAddr,
 		Unreached: func(peerURL string, err error) {

@@ -292,6 +292,7 @@ func logStart(lg *zap.Logger, c *config, memoryLimit int64) {
 		zap.Uint32("max-concurrent-streams", c.MaxConcurrentStreams),
 		zap.String("auto-compaction-mode", c.AutoCompactionMode),
 		zap.String("auto-compaction-retention", c.AutoCompactionRetention),
+		zap.String("v2-deprecation", v2Deprecation),
 	)
 }
 
