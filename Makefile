@@ -46,7 +46,7 @@ KUBERNETES_LDFLAGS := -s -w \
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 ## Building
 
@@ -72,6 +72,9 @@ $(PEERS)/etcdctl: $(ETCD_PINS)
 	cd test/peers/etcd && $(GO) build -o $(abspath $@) go.etcd.io/etcd/etcdctl/v3
 $(PEERS)/etcdutl: $(ETCD_PINS)
 	cd test/peers/etcd && $(GO) build -o $(abspath $@) go.etcd.io/etcd/etcdutl/v3
+# etcd's own tests, as programs.
+$(PEERS)/etcd-%.test: $(ETCD_PINS)
+	cd test/peers/etcd && $(GO) test -c -tags e2e -o $(abspath $@) go.etcd.io/etcd/tests/v3/$*
 
 # cgo is kine's own default for SQLite.
 $(PEERS)/kine: test/peers/kine/go.mod test/peers/kine/go.sum | need-gcc
@@ -164,6 +167,34 @@ test-raft: build build-race $(PEERS)/etcd $(PEERS)/etcdctl $(PEERS)/etcdutl ## c
 	$(MAKE) powercut N=15
 	cd test/etcd && QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 15m ./partitions
 
+.PHONY: test-etcd-suite
+test-etcd-suite: build etcd-suite ## etcd's own tests with quire in its place (QUIRE_STORAGE=sqlite|postgres, QUIRE_BIN=bin/peers/etcd, ARGS='-run TestLock')
+	$(if $(filter postgres,$(QUIRE_STORAGE)),$(MAKE) need-postgres)
+	$(ETCD_SUITE) -server $(abspath $(or $(QUIRE_BIN),bin/quire)) $(ARGS)
+
+# -slice is the time that the cases took etcd when they were listed.
+.PHONY: test-etcd-slice
+test-etcd-slice: ## a choice of test-etcd-suite, on each storage (< 10 min)
+	$(MAKE) test-etcd-suite ARGS='-slice 4m'
+	$(MAKE) test-etcd-suite QUIRE_STORAGE=sqlite ARGS='-slice 1m'
+	$(MAKE) test-etcd-suite QUIRE_STORAGE=postgres ARGS='-slice 1m'
+
+# Once etcd's version changes: which cases there are, and how long they take.
+.PHONY: etcd-suite-cases
+etcd-suite-cases: etcd-suite $(PEERS)/etcd
+	$(ETCD_SUITE) -server $(abspath $(PEERS)/etcd) -calibrate test/etcd/suite/cases.txt
+	$(MAKE) etcd-suite-doc
+
+.PHONY: etcd-suite-doc
+etcd-suite-doc: ## docs/etcd-suite.md from the lists of cases
+	cd test/etcd && $(GO) run ./suite -document $(CURDIR)/docs/etcd-suite.md
+
+ETCD_SUITE = $(BIN)/suite -peers $(abspath $(PEERS)) -logs $(BIN)/etcd-suite \
+	-fixtures $$(cd test/peers/etcd && $(GO) list -m -f '{{.Dir}}' go.etcd.io/etcd/tests/v3)/fixtures
+.PHONY: etcd-suite
+etcd-suite: $(PEERS)/etcdctl $(PEERS)/etcdutl $(PEERS)/etcd-common.test $(PEERS)/etcd-e2e.test
+	cd test/etcd && $(GO) build -o $(BIN)/suite ./suite
+
 .PHONY: powercut
 powercut: build need-sqlite3 ## disks that forget what was not synced, that fail and that fill up, below one process and three (N=15 cuts a test, SEED=…)
 	cd test/etcd && $(if $(N),QUIRE_CUTS=$(N)) $(if $(SEED),QUIRE_SEED=$(SEED)) QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 ./powercut
@@ -204,6 +235,7 @@ test-all: ## everything: lint, verify, test, fuzz, long differential and crash r
 	$(MAKE) crash N=200
 	$(MAKE) bench-quick
 	$(MAKE) test-k8s
+	$(MAKE) test-etcd-slice
 
 ## House keeping
 
