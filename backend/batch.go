@@ -80,6 +80,7 @@ type batch struct {
 	unread         error     // a row could not be read, in a replica: then nothing of the batch may be believed
 	applied        time.Time // when apply was done
 	graced         int64     // see DB.graced; 0: it stays
+	did            Applied
 }
 
 type undoWrite struct {
@@ -115,6 +116,9 @@ func (db *DB) newBatch(now, wall int64) *batch {
 		},
 		alarms: db.alarms.current(),
 		leases: leaseChanges{table: &db.leases},
+	}
+	if db.opts.Hooks.Applied != nil {
+		b.did.last = time.Now()
 	}
 	b.reader = reader{index: db.index, keys: st.keys, rev: st.rev, compact: st.compact, row: b.readRow, rows: b.readRows}
 	return b
@@ -164,6 +168,7 @@ func (b *batch) readRows(ctx context.Context, ids []int64, each func(i int, f Fr
 
 // next begins a Command.
 func (b *batch) next(author string) {
+	b.did.begin()
 	b.author, b.begin, b.sub = author, b.st.rev, 0
 	b.reader.rev, b.reader.compact = b.st.rev, b.st.compact
 }
@@ -213,6 +218,8 @@ func (b *batch) write(slot uint32, known bool, kv *keyValue, deleted bool) {
 }
 
 func (b *batch) put(key, value []byte, lease int64) {
+	b.did.Puts++
+	b.did.PutBytes += len(key) + len(value)
 	kv := keyValue{key: key, value: value, create: b.begin + 1, version: 1, lease: lease}
 	var oldLease int64
 	slot, live, known := b.st.keys.get(key)
@@ -226,6 +233,7 @@ func (b *batch) put(key, value []byte, lease int64) {
 
 // deleteKeys deletes every key of k that exists, in key order, and returns how many.
 func (b *batch) deleteKeys(k keyRange) int64 {
+	b.did.Deletes++
 	var keys [][]byte
 	b.visit(k, b.reader.rev, false, func(key []byte, _ uint32, _ *record) bool {
 		keys = append(keys, append([]byte(nil), key...))

@@ -85,6 +85,10 @@ type Hooks struct {
 	// BatchCommitted is called after each durable batch: how long apply took, how long the
 	// transaction with its sync took, and both together with publishing.
 	BatchCommitted func(commands, rows int, apply, sync, total time.Duration)
+	// Applied is called after each durable batch, before its Commands are answered. a must not be kept.
+	Applied func(a *Applied)
+	// CompactionStep is called after each step of a compaction: so long nothing was written.
+	CompactionStep func(took time.Duration)
 	// CompactionDone is called when the rows that compaction at rev made unreachable are gone.
 	CompactionDone func(rev, rows int64, took time.Duration)
 	LeaseExpired   func(id int64)

@@ -328,6 +328,7 @@ func (db *DB) commitBatch(items []*pending) {
 	}
 	db.show(b)
 
+	b.tell()
 	h := &db.opts.Hooks
 	if h.BatchCommitted != nil {
 		h.BatchCommitted(len(items), len(b.rows), b.applied.Sub(start), synced.Sub(b.applied), time.Since(start))
@@ -351,6 +352,7 @@ func (db *DB) applyBatch(items []*pending, start time.Time) *batch {
 		} else {
 			p.resp, p.err = b.apply(p.cmd)
 		}
+		b.ran(p.cmd, p.resp, p.expired, p.err)
 		if b.failure != nil {
 			db.undo(b, items, b.failure)
 			return nil

@@ -144,6 +144,7 @@ func (db *DB) compactOnce() error {
 		if err != nil {
 			return err
 		}
+		db.compacting(took)
 		if more && !rest.after(took) {
 			return db.ctx.Err()
 		}
@@ -168,6 +169,13 @@ func (db *DB) compactOnce() error {
 	return db.vacuum()
 }
 
+// compacting reports a step.
+func (db *DB) compacting(took time.Duration) {
+	if f := db.opts.Hooks.CompactionStep; f != nil {
+		f(took)
+	}
+}
+
 // removeGarbage deletes the rows that nothing refers to any more.
 func (db *DB) removeGarbage(int64) (rows int64, err error) {
 	// What is swept meanwhile waits for the next time, and so need not be sorted with the rest.
@@ -184,6 +192,7 @@ func (db *DB) removeGarbage(int64) (rows int64, err error) {
 		if err != nil {
 			return 0, err
 		}
+		db.compacting(took)
 		if len(ids) > 0 && !rest.after(took) {
 			return 0, db.ctx.Err()
 		}

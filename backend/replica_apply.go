@@ -149,6 +149,7 @@ func (db *DB) applyOnce(group []logged, refused map[*pending]error) error {
 	r.members.Store(st.members)
 	r.clock.take(st.clock, st.clockTerm, written)
 	r.applied.move(st.index, st.term)
+	b.tell()
 	commands := db.answerAll(group)
 	if f := db.opts.Hooks.BatchCommitted; f != nil && commands > 0 {
 		f(commands, len(b.rows), b.applied.Sub(start), written.Sub(b.applied), time.Since(start))
@@ -192,6 +193,7 @@ func (b *batch) run(group []logged, refused map[*pending]error) (failed *pending
 				} else {
 					a.resp, a.err = b.apply(item.cmd)
 				}
+				b.ran(item.cmd, a.resp, a.expired, a.err)
 				switch {
 				case b.unread != nil:
 					return nil

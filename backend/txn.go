@@ -45,6 +45,9 @@ func (x *txn) run(req *pb.TxnRequest) (*pb.TxnResponse, error) {
 	if err := x.checkWrittenOnce(req, p); err != nil {
 		return nil, err
 	}
+	if x.batch != nil {
+		x.batch.did.begin()
+	}
 	resp, err := x.execute(req, p)
 	if err != nil {
 		return nil, err
@@ -80,6 +83,9 @@ func (x *txn) decide(req *pb.TxnRequest) (*path, error) {
 // compare holds when every key in the compare's range satisfies it. Where there is no key, it is as if
 // there were one with all numbers zero; a value compare then fails.
 func (x *txn) compare(c *pb.Compare) (bool, error) {
+	if x.batch != nil {
+		x.batch.did.Ranges++
+	}
 	holds, any := true, false
 	var err error
 	x.visit(newKeyRange(c.Key, c.RangeEnd), x.reader.rev, false, func(_ []byte, n uint32, r *record) bool {
@@ -149,6 +155,7 @@ func (x *txn) check(req *pb.TxnRequest, p *path) error {
 		case *pb.RequestOp_RequestRange:
 			err = x.checkRange(o.RequestRange)
 		case *pb.RequestOp_RequestPut:
+			x.batch.countPrevious(o.RequestPut)
 			err = x.batch.checkPut(o.RequestPut)
 		case *pb.RequestOp_RequestTxn:
 			err = x.check(o.RequestTxn, nested[0])
@@ -242,8 +249,11 @@ func (x *txn) execute(req *pb.TxnRequest, p *path) (*pb.TxnResponse, error) {
 		resp.Responses[i] = out
 		switch o := op.Request.(type) {
 		case *pb.RequestOp_RequestRange:
-			if x.batch != nil && x.batch.unheard {
-				continue
+			if x.batch != nil {
+				x.batch.did.Ranges++
+				if x.batch.unheard {
+					continue
+				}
 			}
 			res, err := x.rangeKeys(x.ctx, o.RequestRange, true)
 			if err != nil {
@@ -274,6 +284,13 @@ func (x *txn) execute(req *pb.TxnRequest, p *path) (*pb.TxnResponse, error) {
 	return resp, nil
 }
 
+// countPrevious counts the read of what a put replaces. As in etcd, a Txn reads it twice: when it is checked, too.
+func (b *batch) countPrevious(req *pb.PutRequest) {
+	if req.PrevKv || req.IgnoreValue || req.IgnoreLease {
+		b.did.Ranges++
+	}
+}
+
 // checkPut: the lease must exist, and ignore_value and ignore_lease need the key.
 func (b *batch) checkPut(req *pb.PutRequest) error {
 	if req.Lease != 0 && !b.leases.exists(req.Lease) {
@@ -290,6 +307,7 @@ func (b *batch) checkPut(req *pb.PutRequest) error {
 // applyPut writes one key. REQUIRES: checkPut passed in this state or, inside a Txn, before it.
 func (b *batch) applyPut(req *pb.PutRequest) (*pb.PutResponse, error) {
 	resp := &pb.PutResponse{Header: &pb.ResponseHeader{}}
+	b.countPrevious(req)
 	value, lease := req.Value, req.Lease
 	prevKV := req.PrevKv && !b.unheard
 	if prevKV || req.IgnoreValue || req.IgnoreLease {
@@ -320,6 +338,9 @@ func (b *batch) applyPut(req *pb.PutRequest) (*pb.PutResponse, error) {
 func (b *batch) applyDeleteRange(req *pb.DeleteRangeRequest) (*pb.DeleteRangeResponse, error) {
 	resp := &pb.DeleteRangeResponse{Header: &pb.ResponseHeader{}}
 	k := newKeyRange(req.Key, req.RangeEnd)
+	if req.PrevKv {
+		b.did.Ranges++
+	}
 	if req.PrevKv && !b.unheard {
 		var err error
 		b.visit(k, b.reader.rev, false, func(_ []byte, n uint32, r *record) bool {

@@ -2,6 +2,7 @@ package etcdapi
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -176,6 +177,29 @@ func TestMetricsHaveEtcdsNamesAndCountWhatHappened(t *testing.T) {
 	mustDo(err)
 
 	m.BatchCommitted(3, 5, 200*time.Millisecond, 2*time.Millisecond, 5*time.Millisecond)
+	m.Applied(&backend.Applied{Ranges: 1, Puts: 3, Deletes: 1, Txns: 1, PutBytes: 13, Commands: []backend.AppliedCommand{
+		{Request: &pb.PutRequest{Key: []byte("a"), Value: []byte("secret")}, Response: &pb.PutResponse{}, Took: time.Second},
+		{Request: &pb.LeaseGrantRequest{ID: 5, TTL: 60}},
+		{Request: &pb.LeaseRevokeRequest{ID: 5}},
+		{Request: &pb.LeaseRevokeRequest{ID: 6}, Err: backend.ErrLeaseNotFound},
+		{Expired: 2}, {},
+		{Request: &pb.CompactionRequest{Revision: 3}, Err: backend.ErrCompacted, Took: time.Millisecond},
+		{Request: &pb.CompactionRequest{Revision: 4}},
+	}})
+	m.CompactionStep(time.Millisecond)
+	m.WatchEventsSent(4, time.Millisecond)
+	m.WatchControlSent(time.Millisecond)
+	m.WatchProgressSent(time.Millisecond)
+	m.Feature("AllAlpha", "ALPHA", true)
+	m.KnownPeers(0xa, []uint64{0xa, 0xb})
+	m.LogWritten(512, time.Millisecond)
+	m.SnapshotMade(time.Millisecond)
+	m.SnapshotServing(0xb)
+	m.SnapshotServed(0xb, time.Millisecond, nil)
+	m.SnapshotServed(0xc, time.Millisecond, io.EOF)
+	m.SnapshotBegun(0xb)
+	m.SnapshotReceived(0xb, nil)
+	m.SnapshotInstalling(1)
 	m.CompactionDone(3, 100, 300*time.Millisecond)
 	m.LeaseExpired(1)
 	m.Alarm(&pb.AlarmMember{MemberID: 0xabc, Alarm: pb.AlarmType_NOSPACE}, true)
@@ -185,6 +209,8 @@ func TestMetricsHaveEtcdsNamesAndCountWhatHappened(t *testing.T) {
 	m.SlowWatchers(1)
 	m.PendingEvents(4)
 	m.EventsSent(6)
+	_, err = pb.NewMaintenanceClient(conn).HashKV(ctx, &pb.HashKVRequest{})
+	mustDo(err)
 	get(t, s, "/health")
 	get(t, s, "/readyz")
 
@@ -198,8 +224,22 @@ func TestMetricsHaveEtcdsNamesAndCountWhatHappened(t *testing.T) {
 		"etcd_debugging_mvcc_total_put_size_in_bytes 13",
 		"etcd_mvcc_db_total_size_in_bytes 4096", "etcd_mvcc_db_total_size_in_use_in_bytes 2048", "etcd_server_quota_backend_bytes 1.048576e+06",
 		"etcd_debugging_mvcc_keys_total 1", "etcd_debugging_mvcc_current_revision 4", "etcd_debugging_mvcc_compact_revision 3",
-		"etcd_debugging_lease_granted_total 1", "etcd_debugging_lease_revoked_total 1", "etcd_debugging_lease_renewed_total 0", "etcd_debugging_server_lease_expired_total 1",
-		"etcd_debugging_lease_ttl_total_sum 60",
+		"etcd_debugging_lease_granted_total 1", "etcd_debugging_lease_revoked_total 3", "etcd_debugging_lease_renewed_total 0", "etcd_debugging_server_lease_expired_total 1",
+		"etcd_debugging_lease_ttl_total_sum 60", "etcd_debugging_auth_revision 1",
+		`etcd_server_apply_duration_seconds_count{op="Put",success="true",version="v3"} 1`,
+		`etcd_server_apply_duration_seconds_count{op="LeaseRevoke",success="true",version="v3"} 2`,
+		`etcd_server_apply_duration_seconds_count{op="LeaseRevoke",success="false",version="v3"} 1`,
+		`etcd_server_apply_duration_seconds_count{op="Compaction",success="true",version="v3"} 2`,
+		"etcd_debugging_mvcc_index_compaction_pause_duration_milliseconds_count 1", "etcd_debugging_mvcc_db_compaction_pause_duration_milliseconds_count 1",
+		"etcd_debugging_server_watch_send_loop_watch_stream_duration_seconds_count 1",
+		"etcd_debugging_server_watch_send_loop_watch_stream_duration_per_event_seconds_sum 0.00025",
+		"etcd_debugging_server_watch_send_loop_control_stream_duration_seconds_count 1", "etcd_debugging_server_watch_send_loop_progress_duration_seconds_count 1",
+		`etcd_server_feature_enabled{name="AllAlpha",stage="ALPHA"} 1`,
+		`etcd_network_known_peers{Local="a",Remote="a"} 1`, `etcd_network_known_peers{Local="a",Remote="b"} 1`,
+		"etcd_disk_wal_write_bytes_total 512", "etcd_disk_wal_write_duration_seconds_count 1", "etcd_debugging_snap_save_total_duration_seconds_count 1",
+		`etcd_network_snapshot_send_success{To="b"} 1`, `etcd_network_snapshot_send_failures{To="c"} 1`, `etcd_network_snapshot_send_inflights_total{To="b"} 0`,
+		`etcd_network_snapshot_receive_success{From="b"} 1`, `etcd_network_snapshot_receive_inflights_total{From="b"} 0`, "etcd_snap_db_save_total_duration_seconds_count 1",
+		"etcd_server_snapshot_apply_in_progress_total 1", "os_fd_used ", "os_fd_limit ", "etcd_mvcc_hash_rev_duration_seconds_count 1", "etcd_mvcc_hash_duration_seconds_count 0",
 		"etcd_debugging_mvcc_watch_stream_total 2", "etcd_debugging_mvcc_watcher_total 3", "etcd_debugging_mvcc_slow_watcher_total 1",
 		"etcd_debugging_mvcc_pending_events_total 4", "etcd_debugging_mvcc_events_total 6",
 		"etcd_disk_backend_commit_duration_seconds_count 1", "etcd_disk_wal_fsync_duration_seconds_count 1",
@@ -207,7 +247,7 @@ func TestMetricsHaveEtcdsNamesAndCountWhatHappened(t *testing.T) {
 		`etcd_debugging_server_alarms{alarm_type="NOSPACE",server_id="abc"} 1`,
 		`etcd_server_range_duration_seconds_count{success="false"} 1`, `etcd_server_range_duration_seconds_count{success="true"} 1`,
 		`etcd_server_request_duration_seconds_count{success="true",type="Put"} 2`,
-		`etcd_server_client_requests_total{client_api_version="unknown",type="unary"} 7`,
+		`etcd_server_client_requests_total{client_api_version="unknown",type="unary"} 8`,
 		"etcd_server_health_success 1", "etcd_server_health_failures 0",
 		`etcd_server_healthcheck{name="data_corruption",type="readyz"} 1`, `etcd_server_healthchecks_total{name="non_learner",status="success",type="readyz"} 1`,
 		`grpc_server_handled_total{grpc_code="OK",grpc_method="Put",grpc_service="etcdserverpb.KV",grpc_type="unary"} 2`,

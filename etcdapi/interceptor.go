@@ -90,27 +90,32 @@ func (s *Server) slowUnary(ctx context.Context, req any, info *grpc.UnaryServerI
 	return resp, err
 }
 
-// summaryBytes bounds a summary: a Txn may name hundreds of keys.
-const summaryBytes = 1 << 10
-
-// summary describes a request without values: etcd's own loggable form for the kinds that carry some, and nothing
-// but the size for kinds this function does not know (they may carry passwords).
-func summary(ctx context.Context, req, resp any, err error) string {
-	var b strings.Builder
+// loggable is etcd's own form of a request without values, cut off after summaryBytes; empty for kinds that it does not
+// know, which may carry passwords.
+func loggable(req any) string {
+	var text string
 	switch r := req.(type) {
 	case *pb.PutRequest:
-		b.WriteString(pb.NewLoggablePutRequest(r).String())
+		text = pb.NewLoggablePutRequest(r).String()
 	case *pb.TxnRequest:
-		b.WriteString(pb.NewLoggableTxnRequest(r).String())
+		text = pb.NewLoggableTxnRequest(r).String()
 	case *pb.RangeRequest, *pb.DeleteRangeRequest, *pb.CompactionRequest, *pb.AlarmRequest,
 		*pb.LeaseGrantRequest, *pb.LeaseRevokeRequest, *pb.LeaseTimeToLiveRequest:
-		fmt.Fprint(&b, r)
+		text = fmt.Sprint(r)
 	}
-	text := b.String()
 	if len(text) > summaryBytes {
 		text = strings.ToValidUTF8(text[:summaryBytes], "") + "…"
 	}
-	b.Reset()
+	return text
+}
+
+// summaryBytes bounds a summary: a Txn may name hundreds of keys.
+const summaryBytes = 1 << 10
+
+// summary describes a request without values.
+func summary(ctx context.Context, req, resp any, err error) string {
+	text := loggable(req)
+	var b strings.Builder
 	fmt.Fprintf(&b, "request:<%s> request_size:%d", text, messageSize(req))
 	if err != nil {
 		fmt.Fprintf(&b, " error:%q", err.Error())

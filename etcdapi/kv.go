@@ -181,7 +181,7 @@ func (k *kvServer) read(ctx context.Context, req *pb.RangeRequest, how func(View
 		return nil, err
 	}
 	res, err := how(view, ctx, req)
-	k.s.metrics.ranged(time.Since(start), err)
+	k.s.metrics.ranged(req, res, time.Since(start), err)
 	return res, err
 }
 
@@ -205,7 +205,6 @@ func (k *kvServer) Put(ctx context.Context, req *pb.PutRequest) (*pb.PutResponse
 	if err != nil {
 		return nil, err
 	}
-	k.s.metrics.countOps(opCounts{puts: 1, putBytes: len(req.Key) + len(req.Value)})
 	resp.Header = k.s.header(resp.Header)
 	return resp, nil
 }
@@ -218,7 +217,6 @@ func (k *kvServer) DeleteRange(ctx context.Context, req *pb.DeleteRangeRequest) 
 	if err != nil {
 		return nil, err
 	}
-	k.s.metrics.countOps(opCounts{deletes: 1})
 	resp.Header = k.s.header(resp.Header)
 	return resp, nil
 }
@@ -239,13 +237,13 @@ func (k *kvServer) Txn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnRespon
 	if err != nil {
 		return nil, err
 	}
-	k.s.metrics.countOps(executed(req, resp))
 	resp.Header = k.s.header(resp.Header)
 	return resp, nil
 }
 
 func (k *kvServer) readTxn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnResponse, err error) {
-	defer k.s.metrics.request("ReadonlyTxn", time.Now(), &err)
+	start := time.Now()
+	defer k.s.metrics.request("ReadonlyTxn", start, &err)
 	if err := k.s.ready(ctx, serializable(req)); err != nil {
 		return nil, toStatus(err)
 	}
@@ -256,6 +254,7 @@ func (k *kvServer) readTxn(ctx context.Context, req *pb.TxnRequest) (_ *pb.TxnRe
 		return nil, toStatus(err)
 	}
 	resp, err := view.Txn(ctx, req)
+	k.s.metrics.transacted(req, resp, time.Since(start), err)
 	if err != nil {
 		return nil, toStatus(err)
 	}
@@ -352,30 +351,4 @@ func serializable(req *pb.TxnRequest) bool {
 		}
 	}
 	return true
-}
-
-// executed counts what a Txn did, nested ones included: the operations of the branches that were taken.
-func executed(req *pb.TxnRequest, resp *pb.TxnResponse) opCounts {
-	ops := req.GetFailure()
-	if resp.GetSucceeded() {
-		ops = req.GetSuccess()
-	}
-	answers := resp.GetResponses()
-	var n opCounts
-	for i, op := range ops {
-		switch r := op.Request.(type) {
-		case *pb.RequestOp_RequestRange:
-			n.ranges++
-		case *pb.RequestOp_RequestPut:
-			n.puts++
-			n.putBytes += len(r.RequestPut.GetKey()) + len(r.RequestPut.GetValue())
-		case *pb.RequestOp_RequestDeleteRange:
-			n.deletes++
-		case *pb.RequestOp_RequestTxn:
-			if i < len(answers) {
-				n.add(executed(r.RequestTxn, answers[i].GetResponseTxn()))
-			}
-		}
-	}
-	return n
 }

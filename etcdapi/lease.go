@@ -21,7 +21,6 @@ func (l *leaseServer) LeaseGrant(ctx context.Context, req *pb.LeaseGrantRequest)
 	if err != nil {
 		return nil, err
 	}
-	l.s.metrics.leaseGranted(resp.TTL)
 	resp.Header = l.s.header(resp.Header)
 	return resp, nil
 }
@@ -31,7 +30,6 @@ func (l *leaseServer) LeaseRevoke(ctx context.Context, req *pb.LeaseRevokeReques
 	if err != nil {
 		return nil, err
 	}
-	l.s.metrics.leasesRevoked.Inc()
 	resp.Header = l.s.header(resp.Header)
 	return resp, nil
 }

@@ -1,6 +1,7 @@
 package etcdapi
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"runtime"
@@ -33,12 +34,19 @@ type Metrics struct {
 	requests                 map[string]outcome // by kind; read-only after NewMetrics
 	rangeOK, rangeFailed     prometheus.Observer
 	slowApplies              prometheus.Counter
+	slowApplyAfter           time.Duration
+	tellSlow                 func(SlowApply) // nil: nobody
+	applySeconds             *prometheus.HistogramVec
+	applies                  map[string]outcome // of applySeconds, by op
 	pending                  prometheus.Gauge
 	failed                   prometheus.Counter
 	leaderChanges            prometheus.Counter
 	promotions               prometheus.Counter
 	promoteFailures          *prometheus.CounterVec
 	peers                    peerMetrics
+	maintenance              maintenanceMetrics
+	sent                     sentMetrics
+	features                 *prometheus.GaugeVec
 	serverVersion            *prometheus.GaugeVec
 	clusterVersion           *prometheus.GaugeVec
 	serverID                 *prometheus.GaugeVec
@@ -55,6 +63,7 @@ type Metrics struct {
 	commitDuration, syncDuration, applyDuration prometheus.Histogram
 	batchCommands, batchRows                    prometheus.Histogram
 	compactionDuration                          prometheus.Histogram
+	compactionPause, indexCompactionPause       prometheus.Histogram
 	compactedRows                               prometheus.Counter
 	compactionLast                              prometheus.Gauge
 	alarms                                      *prometheus.GaugeVec
@@ -75,6 +84,10 @@ type Metrics struct {
 type MetricsOptions struct {
 	Registry  *prometheus.Registry // nil: a new one
 	Extensive bool                 // --metrics=extensive: latency histograms per gRPC method
+	// SlowApplyAfter is --warning-apply-duration; 0: 100 ms.
+	SlowApplyAfter time.Duration
+	// SlowApply is told of what took longer; nil: it is only counted. It must not block.
+	SlowApply func(SlowApply)
 }
 
 // requestKinds are the values of the label type in etcd_server_request_duration_seconds.
@@ -87,8 +100,8 @@ var requestKinds = [...]string{
 // outcome are the observers of what succeeded and what failed.
 type outcome struct{ ok, failed prometheus.Observer }
 
-// slowApplyAfter is etcd's --warning-apply-duration.
-const slowApplyAfter = 100 * time.Millisecond
+// defaultSlowApply is that of etcd's --warning-apply-duration.
+const defaultSlowApply = 100 * time.Millisecond
 
 // maxClientVersions bounds the time series that clients can make us keep by sending ever new version strings.
 const maxClientVersions = 32
@@ -99,7 +112,7 @@ func NewMetrics(o MetricsOptions) *Metrics {
 		o.Registry = prometheus.NewRegistry()
 	}
 	r := registrar{o.Registry}
-	m := &Metrics{registry: o.Registry}
+	m := &Metrics{registry: o.Registry, slowApplyAfter: cmp.Or(o.SlowApplyAfter, defaultSlowApply), tellSlow: o.SlowApply}
 	o.Registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	var grpcOpts []grpcprom.ServerMetricsOption
@@ -123,7 +136,9 @@ func NewMetrics(o MetricsOptions) *Metrics {
 	}
 	ranges := r.histogramVec("etcd_server_range_duration_seconds", "The latency distributions of ranges.", tenthMs, "success")
 	m.rangeOK, m.rangeFailed = ranges.WithLabelValues("true"), ranges.WithLabelValues("false")
-	m.slowApplies = r.counter("etcd_server_slow_apply_total", "The total number of slow apply requests (over 100 ms).")
+	m.slowApplies = r.counter("etcd_server_slow_apply_total", "The total number of slow apply requests.")
+	m.applySeconds = r.histogramVec("etcd_server_apply_duration_seconds", "The latency distributions of applying a request, in memory.", tenthMs, "version", "op", "success")
+	m.applies = map[string]outcome{}
 	m.pending = r.gauge("etcd_server_proposals_pending", "The current number of writes waiting to become durable.")
 	m.failed = r.counter("etcd_server_proposals_failed_total", "The total number of writes that the storage or the cluster failed.")
 	m.leaderChanges = r.counter("etcd_server_leader_changes_seen_total", "The number of leader changes seen.")
@@ -134,7 +149,15 @@ func NewMetrics(o MetricsOptions) *Metrics {
 	m.serverID = r.gaugeVec("etcd_server_id", "Member id in hexadecimal. 1 for 'server_id' label with current id.", "server_id")
 	r.gaugeVec("etcd_server_go_version", "Which Go version the server was built with.", "server_go_version").WithLabelValues(runtime.Version()).Set(1)
 
+	m.features = r.gaugeVec("etcd_server_feature_enabled", "Whether or not a feature is enabled. 1 is enabled, 0 is not.", "name", "stage")
+
 	m.peers = newPeerMetrics(r)
+	m.maintenance = newMaintenanceMetrics(r)
+	m.sent = newSentMetrics(r)
+	for _, a := range absentMetrics {
+		a.register(o.Registry)
+	}
+	o.Registry.MustRegister(descriptorCollector{})
 
 	m.ranges = r.counter("etcd_mvcc_range_total", "Total number of ranges seen by this member.")
 	m.puts = r.counter("etcd_mvcc_put_total", "Total number of puts seen by this member.")
@@ -160,6 +183,8 @@ func NewMetrics(o MetricsOptions) *Metrics {
 	m.batchCommands = r.histogram("quire_batch_commands", "How many commands a batch holds.", prometheus.ExponentialBuckets(1, 2, 13))
 	m.batchRows = r.histogram("quire_batch_rows", "How many rows a batch writes.", prometheus.ExponentialBuckets(1, 2, 17))
 	m.compactionDuration = r.histogram("etcd_debugging_mvcc_db_compaction_total_duration_milliseconds", "Bucketed histogram of db compaction total duration.", prometheus.ExponentialBuckets(100, 2, 14))
+	m.compactionPause = r.histogram("etcd_debugging_mvcc_db_compaction_pause_duration_milliseconds", "Bucketed histogram of the steps of a compaction, each of which holds up writes.", prometheus.ExponentialBuckets(1, 2, 13))
+	m.indexCompactionPause = r.histogram("etcd_debugging_mvcc_index_compaction_pause_duration_milliseconds", "Bucketed histogram of how long moving the compaction revision takes.", prometheus.ExponentialBuckets(0.5, 2, 14))
 	m.compactedRows = r.counter("etcd_debugging_mvcc_db_compaction_keys_total", "Total number of rows removed by compaction.")
 	m.compactionLast = r.gauge("etcd_debugging_mvcc_db_compaction_last", "The unix time of the last db compaction; 0 since the start: none.")
 	m.alarms = r.gaugeVec("etcd_debugging_server_alarms", "Raised alarms per member and type.", "server_id", "alarm_type")
@@ -180,6 +205,16 @@ func NewMetrics(o MetricsOptions) *Metrics {
 // Registry is where the metrics are registered; others may add theirs.
 func (m *Metrics) Registry() *prometheus.Registry { return m.registry }
 
+// Feature tells whether a feature gate is on. stage is etcd's word for how far it has come: ALPHA, BETA or empty.
+func (m *Metrics) Feature(name, stage string, on bool) {
+	g := m.features.WithLabelValues(name, stage)
+	if on {
+		g.Set(1)
+		return
+	}
+	g.Set(0)
+}
+
 // attach makes s the server whose state a scrape shows.
 func (m *Metrics) attach(s *Server) {
 	m.serverVersion.WithLabelValues(s.version.Server).Set(1)
@@ -197,9 +232,12 @@ func (m *Metrics) BatchCommitted(commands, rows int, apply, sync, total time.Dur
 // CompactionDone is for backend.Hooks.
 func (m *Metrics) CompactionDone(_ int64, rows int64, took time.Duration) {
 	m.compactedRows.Add(float64(rows))
-	m.compactionDuration.Observe(float64(took) / float64(time.Millisecond))
+	m.compactionDuration.Observe(milliseconds(took))
 	m.compactionLast.SetToCurrentTime()
 }
+
+// CompactionStep is for backend.Hooks.
+func (m *Metrics) CompactionStep(took time.Duration) { m.compactionPause.Observe(milliseconds(took)) }
 
 // LeaseExpired is for backend.Hooks.
 func (m *Metrics) LeaseExpired(int64) { m.leasesExpired.Inc() }
@@ -237,40 +275,6 @@ func (m *Metrics) PendingEvents(delta int) { m.pendingEvents.Add(float64(delta))
 
 // EventsSent counts events handed to the wire.
 func (m *Metrics) EventsSent(n int) { m.events.Add(float64(n)) }
-
-// opCounts is what one request did to the store.
-type opCounts struct{ ranges, puts, deletes, putBytes int }
-
-func (n *opCounts) add(o opCounts) {
-	n.ranges += o.ranges
-	n.puts += o.puts
-	n.deletes += o.deletes
-	n.putBytes += o.putBytes
-}
-
-// countOps counts operations, and a Txn where there was more than one, as etcd does.
-func (m *Metrics) countOps(n opCounts) {
-	m.ranges.Add(float64(n.ranges))
-	m.puts.Add(float64(n.puts))
-	m.deletes.Add(float64(n.deletes))
-	m.putBytes.Add(float64(n.putBytes))
-	if n.ranges+n.puts+n.deletes > 1 {
-		m.txns.Inc()
-	}
-}
-
-// ranged counts one Range.
-func (m *Metrics) ranged(took time.Duration, err error) {
-	m.ranges.Inc()
-	if err != nil {
-		m.rangeFailed.Observe(took.Seconds())
-		return
-	}
-	m.rangeOK.Observe(took.Seconds())
-	if took > slowApplyAfter {
-		m.slowApplies.Inc()
-	}
-}
 
 // request is deferred by a handler with the address of its error. kind is one of requestKinds.
 func (m *Metrics) request(kind string, start time.Time, err *error) {
@@ -311,11 +315,6 @@ func (m *Metrics) promoted(err error) {
 		return
 	}
 	m.promoteFailures.WithLabelValues(status.Convert(err).Message()).Inc()
-}
-
-func (m *Metrics) leaseGranted(ttl int64) {
-	m.leasesGranted.Inc()
-	m.leaseTTLs.Observe(float64(ttl))
 }
 
 // clientCounters count the calls of clients of one API version.

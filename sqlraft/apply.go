@@ -86,6 +86,10 @@ func (n *Node) abandon(operations []operation) {
 // perform does an operation and tells everybody whom it concerns.
 func (n *Node) perform(op *operation) error {
 	start := time.Now()
+	if op.kind == opInstall {
+		n.o.Hooks.SnapshotInstalling(1)
+		defer n.o.Hooks.SnapshotInstalling(-1)
+	}
 	changed, err := perform(n.ctx, n.sm, op)
 	if err != nil {
 		return err

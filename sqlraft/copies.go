@@ -115,6 +115,7 @@ func checksumOf(ctx context.Context, s backend.Snapshot) ([]byte, error) {
 
 // download fetches another member's copy.
 func (n *Node) download(notice *snapshotNotice) {
+	n.o.Hooks.SnapshotBegun(notice.from)
 	var err error
 	if len(notice.SHA256) != sha256.Size {
 		err = fmt.Errorf("sqlraft: member %x announces a copy of the state with a checksum of %d bytes", notice.from, len(notice.SHA256))

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 
@@ -41,6 +42,12 @@ type raftLog struct {
 	bytes  atomic.Int64
 	batch  []byte // reused
 	framed []byte // reused
+
+	// written is what was written since takeWritten was called.
+	written struct {
+		bytes int
+		took  time.Duration
+	}
 }
 
 type segment struct {
@@ -243,11 +250,21 @@ func (l *raftLog) write() error {
 func (l *raftLog) put(w *segmentWriter, batch []byte) error {
 	finishBatch(batch, w.synced)
 	l.framed = appendSectors(l.framed[:0], batch, w.seq, w.end)
+	start := time.Now()
 	if err := w.f.write(l.framed, int64(w.end)*sectorBytes); err != nil {
 		return err
 	}
+	l.written.bytes += len(l.framed)
+	l.written.took += time.Since(start)
 	w.end += uint32(len(l.framed) / sectorBytes)
 	return nil
+}
+
+// takeWritten returns how many bytes were written since the last call, and how long that took.
+func (l *raftLog) takeWritten() (bytes int, took time.Duration) {
+	bytes, took = l.written.bytes, l.written.took
+	l.written.bytes, l.written.took = 0, 0
+	return bytes, took
 }
 
 func (l *raftLog) sync() error {

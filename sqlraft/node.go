@@ -340,7 +340,9 @@ func (n *Node) work() error {
 		case out.mustSync:
 			start := time.Now()
 			if err = n.log.append(out.hardState, out.entries, true); err == nil {
-				n.o.Hooks.LogSynced(time.Since(start))
+				bytes, took := n.log.takeWritten()
+				n.o.Hooks.LogWritten(bytes, took)
+				n.o.Hooks.LogSynced(time.Since(start) - took)
 			}
 		case out.hardState != nil:
 			err = n.log.append(out.hardState, out.entries, false)

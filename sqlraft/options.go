@@ -76,15 +76,25 @@ type Hooks struct {
 	MembersChanged func(backend.Membership)
 	// Published: the others know Name and ClientURLs, or err is why not yet.
 	Published func(err error)
-	// LogSynced tells how long a sync of the log took.
-	LogSynced func(took time.Duration)
+	// LogSynced tells how long a sync of the log took, LogWritten the writing before it.
+	LogSynced  func(took time.Duration)
+	LogWritten func(bytes int, took time.Duration)
 
 	// SnapshotMade: a copy of the state was made for others, or err. SnapshotFetching is told how many bytes of the copy of
 	// another member are here, often; SnapshotFetched that it is here, or err. Installed: it is the state now.
+	//
+	// SnapshotBegun comes before SnapshotFetched. SnapshotInstalling is called with 1 when an installation begins and with -1
+	// when it has ended, however. SnapshotServed: another member has fetched the copy, or what it lacked of it, or err;
+	// SnapshotServing comes before it.
 	SnapshotMade      func(index uint64, size int64, took time.Duration, err error)
 	SnapshotFetching  func(from uint64, done, total int64)
 	SnapshotFetched   func(from, index uint64, err error)
 	SnapshotInstalled func(index uint64, took time.Duration)
+
+	SnapshotBegun      func(from uint64)
+	SnapshotInstalling func(n int)
+	SnapshotServing    func(to uint64)
+	SnapshotServed     func(to uint64, took time.Duration, err error)
 
 	// Compared is told of each check of the history that this leader has made; with err it was not finished. Differs is told of
 	// every part that was not the same on all members: see Difference.
@@ -120,6 +130,21 @@ func (h *Hooks) fill() {
 	}
 	if h.LogSynced == nil {
 		h.LogSynced = func(time.Duration) {}
+	}
+	if h.LogWritten == nil {
+		h.LogWritten = func(int, time.Duration) {}
+	}
+	if h.SnapshotBegun == nil {
+		h.SnapshotBegun = func(uint64) {}
+	}
+	if h.SnapshotInstalling == nil {
+		h.SnapshotInstalling = func(int) {}
+	}
+	if h.SnapshotServing == nil {
+		h.SnapshotServing = func(uint64) {}
+	}
+	if h.SnapshotServed == nil {
+		h.SnapshotServed = func(uint64, time.Duration, error) {}
 	}
 	if h.SnapshotMade == nil {
 		h.SnapshotMade = func(uint64, int64, time.Duration, error) {}

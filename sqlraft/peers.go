@@ -25,6 +25,7 @@ func (n *Node) transportOptions() transportOptions {
 		hooks: transportHooks{
 			connected: n.connected, lost: h.PeerLost, unreached: n.unreached, rejected: h.PeerRejected,
 			dropped: h.PeerDropped, sent: h.PeerSent, received: h.PeerReceived, roundTrip: h.PeerRoundTrip,
+			serving: h.SnapshotServing, served: h.SnapshotServed,
 		},
 	}
 }

@@ -109,6 +109,9 @@ type transportHooks struct {
 	// sent and received count what went over streams; roundTrip is what a ping took.
 	sent, received func(id uint64, bytes int)
 	roundTrip      func(id uint64, took time.Duration)
+	// serving and served: see Hooks.SnapshotServing.
+	serving func(to uint64)
+	served  func(to uint64, took time.Duration, err error)
 }
 
 // What another member may have against this one; peerHandler.refused gets them wrapped. The texts are etcd's.
@@ -179,6 +182,12 @@ func (h *transportHooks) fill() {
 	}
 	if h.received == nil {
 		h.received = func(uint64, int) {}
+	}
+	if h.serving == nil {
+		h.serving = func(uint64) {}
+	}
+	if h.served == nil {
+		h.served = func(uint64, time.Duration, error) {}
 	}
 	if h.roundTrip == nil {
 		h.roundTrip = func(uint64, time.Duration) {}

@@ -40,7 +40,7 @@ var errSnapshotGone = errors.New("sqlraft: the copy of the state is not there an
 // errSnapshotWrong: the copy, fetched twice, is not what its message has announced.
 var errSnapshotWrong = errors.New("sqlraft: the copy of the state is not what was announced")
 
-func (t *transport) serveSnapshot(w http.ResponseWriter, r *http.Request, _ uint64) {
+func (t *transport) serveSnapshot(w http.ResponseWriter, r *http.Request, to uint64) {
 	name := strings.TrimPrefix(r.URL.Path, snapshotPath)
 	content, size, release, err := t.o.handler.openSnapshot(name)
 	if err != nil {
@@ -50,7 +50,11 @@ func (t *transport) serveSnapshot(w http.ResponseWriter, r *http.Request, _ uint
 	defer release()
 	w.Header().Set("Etag", snapshotTag(name))
 	w.Header().Set("Content-Type", "application/octet-stream")
-	http.ServeContent(&timedResponse{w, http.NewResponseController(w)}, r, "", time.Time{}, io.NewSectionReader(content, 0, size))
+	start := time.Now()
+	t.o.hooks.serving(to)
+	timed := &timedResponse{ResponseWriter: w, control: http.NewResponseController(w)}
+	http.ServeContent(timed, r, "", time.Time{}, io.NewSectionReader(content, 0, size))
+	t.o.hooks.served(to, time.Since(start), timed.failed)
 }
 
 // snapshotTag is the ETag of a copy: there is only one content for a name.
@@ -60,14 +64,20 @@ func snapshotTag(name string) string { return `"` + url.PathEscape(name) + `"` }
 type timedResponse struct {
 	http.ResponseWriter
 	control *http.ResponseController
+	failed  error // of the first write that did
 }
 
 func (w *timedResponse) Write(p []byte) (int, error) {
 	const timeout = 30 * time.Second // on a slow line, room shows in the system's buffers only now and then
-	if err := w.control.SetWriteDeadline(time.Now().Add(timeout)); err != nil {
-		return 0, err
+	err := w.control.SetWriteDeadline(time.Now().Add(timeout))
+	n := 0
+	if err == nil {
+		n, err = w.ResponseWriter.Write(p)
 	}
-	return w.ResponseWriter.Write(p)
+	if w.failed == nil {
+		w.failed = err
+	}
+	return n, err
 }
 
 // fetchSnapshot brings the copy that member from calls name to path. When it returns nil, path is complete, is what

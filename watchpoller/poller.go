@@ -47,13 +47,24 @@ type Options struct {
 
 // Hooks report to the outside. Any may be nil; none may block, and none may call the Poller. n may be negative.
 type Hooks struct {
-	Streams       func(n int)     // clients connected
-	Watchers      func(n int)     // watchers that get events
-	SlowWatchers  func(n int)     // watchers that read history, because they began in the past or are slow
-	PendingEvents func(n int)     // events queued for clients
-	EventsSent    func(n int)     // only grows
-	ReadFailed    func(err error) // the source could not be read; it is tried again
+	Streams       func(n int) // clients connected
+	Watchers      func(n int) // watchers that get events
+	SlowWatchers  func(n int) // watchers that read history, because they began in the past or are slow
+	PendingEvents func(n int) // events queued for clients
+	EventsSent    func(n int) // only grows
+	// Sent: a response went out, which took that long, the flow control of its client included.
+	Sent       func(events int, kind SentKind, took time.Duration)
+	ReadFailed func(err error) // the source could not be read; it is tried again
 }
+
+// SentKind is what a response of a watch stream carries.
+type SentKind int
+
+const (
+	SentEvents   SentKind = iota
+	SentProgress          // a notification that there is nothing new
+	SentControl           // the answer to a request of the client, or the end of a watcher
+)
 
 func count(f func(int), n int) {
 	if f != nil && n != 0 {

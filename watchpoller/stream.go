@@ -183,8 +183,12 @@ func (s *stream) sendLoop(ctx context.Context, received <-chan error) error {
 	for {
 		e := s.take()
 		if e != nil {
+			start := time.Now()
 			if err := s.transmit(ctx, e); err != nil {
 				return err
+			}
+			if f := s.p.o.Hooks.Sent; f != nil {
+				f(len(e.events), e.kind(), time.Since(start))
 			}
 			s.release(e)
 			select { // a busy stream looks after the rest, too
@@ -269,6 +273,16 @@ func (s *stream) events(w *watcher, events []*event, head int64) {
 		s.bytes.Add(int64(cost))
 		events = events[n:]
 	}
+}
+
+func (e *entry) kind() SentKind {
+	switch {
+	case e.ctrl == nil:
+		return SentEvents
+	case e.ctrl.Created || e.ctrl.Canceled:
+		return SentControl
+	}
+	return SentProgress
 }
 
 func (e *entry) full() bool { return e.revs >= responseRevisions || e.bytes >= responseBytes }

@@ -55,7 +55,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 
 	// Features.
 	duration("downgrade-check-time", 5*time.Second)
-	duration("warning-apply-duration", 100*time.Millisecond)
 	boolean("unsafe-no-fsync", false)
 
 	// Experimental in 3.5 and 3.6, feature gates since: kubeadm's older manifests still give them.
@@ -167,6 +166,22 @@ func (g *featureGates) Set(s string) error {
 	}
 	g.text, g.set = s, set
 	return nil
+}
+
+// tell hands every gate, with etcd's word for its stage, to report.
+func (g *featureGates) tell(report func(name, stage string, on bool)) {
+	for name, byDefault := range knownFeatureGates {
+		stage, on := "ALPHA", byDefault
+		if byDefault || name == "AllBeta" {
+			stage = "BETA"
+		}
+		if set, ok := g.set[name]; ok {
+			on = set
+		} else if all, ok := g.set["All"+stage[:1]+strings.ToLower(stage[1:])]; ok {
+			on = all
+		}
+		report(name, stage, on)
+	}
 }
 
 // enabled is for gates in their alpha stage, for which AllAlpha speaks where they are not named.

@@ -75,6 +75,7 @@ type config struct {
 	WatchProgressNotifyInterval time.Duration // 0: etcd's ten minutes
 	WarningUnaryRequestDuration time.Duration
 	BootstrapDefragMegabytes    uint // 0: never at the start
+	WarningApplyDuration        time.Duration
 	GRPCKeepAliveMinTime        time.Duration
 	GRPCKeepAliveInterval       time.Duration
 	GRPCKeepAliveTimeout        time.Duration
@@ -180,6 +181,7 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.DurationVar(&c.WatchProgressNotifyInterval, "watch-progress-notify-interval", 0, "How often idle watches with progress_notify are told the revision (0: 10m).")
 	fs.DurationVar(&c.WarningUnaryRequestDuration, "warning-unary-request-duration", 300*time.Millisecond, "Unary requests slower than this are logged.")
 	fs.UintVar(&c.BootstrapDefragMegabytes, "bootstrap-defrag-threshold-megabytes", 0, "Defragment after the start if that is likely to free as many megabytes (0: never).")
+	fs.DurationVar(&c.WarningApplyDuration, "warning-apply-duration", 100*time.Millisecond, "Requests that take longer than this to read, or to apply in memory, are logged.")
 	fs.DurationVar(&c.GRPCKeepAliveMinTime, "grpc-keepalive-min-time", 5*time.Second, "Shortest interval at which a client may ping.")
 	fs.DurationVar(&c.GRPCKeepAliveInterval, "grpc-keepalive-interval", 2*time.Hour, "How often the server pings an idle client (0: never).")
 	fs.DurationVar(&c.GRPCKeepAliveTimeout, "grpc-keepalive-timeout", 20*time.Second, "How long the server waits for the answer to its ping.")

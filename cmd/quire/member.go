@@ -66,6 +66,7 @@ func openMember(ctx context.Context, c *config, watch *storageWatch) (_ *store, 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("cannot open %s: %w", c.StoragePath, err), closeAll(listeners))
 	}
+	tellPeers(watch.metrics, begin.ID, db.Members())
 	m := &member{lg: lg, db: db, clusterID: begin.Membership.ClusterID, published: make(chan struct{})}
 	lg.Info("starting local member", zap.String("local-member-id", fmt.Sprintf("%x", begin.ID)), zap.String("cluster-id", fmt.Sprintf("%x", m.cluster())))
 	f := &c.Cluster
@@ -223,6 +224,7 @@ func (m *member) hooks(metrics *etcdapi.Metrics, id uint64, c *config) sqlraft.H
 			for i, o := range now.Members {
 				members[i] = fmt.Sprintf("%x name=%s peerURLs=%s isLearner=%v", o.ID, o.Name, strings.Join(o.PeerURLs, ","), o.Learner)
 			}
+			tellPeers(metrics, id, now)
 			lg.Info("membership changed", local, zap.String("cluster-id", fmt.Sprintf("%x", now.ClusterID)), zap.Strings("members", members))
 		},
 		Published: func(err error) {
@@ -233,13 +235,15 @@ func (m *member) hooks(metrics *etcdapi.Metrics, id uint64, c *config) sqlraft.H
 			lg.Info("published local member to cluster through raft", local, zap.Strings("client-urls", c.AdvertiseClientURLs.Strings()))
 			close(m.published)
 		},
-		LogSynced: metrics.LogSynced,
+		LogSynced:  metrics.LogSynced,
+		LogWritten: metrics.LogWritten,
 
 		SnapshotMade: func(index uint64, size int64, took time.Duration, err error) {
 			if err != nil {
 				lg.Warn("failed to make a snapshot for other members; trying again when they ask", zap.Error(err))
 				return
 			}
+			metrics.SnapshotMade(took)
 			lg.Info("made a snapshot for other members", zap.Uint64("index", index), zap.Int64("bytes", size), zap.Duration("took", took))
 		},
 		SnapshotFetching: func(from uint64, done, total int64) {
@@ -256,6 +260,10 @@ func (m *member) hooks(metrics *etcdapi.Metrics, id uint64, c *config) sqlraft.H
 			}
 			lg.Info("fetched a snapshot", remote(from), zap.Uint64("index", index))
 		},
+		SnapshotBegun:      metrics.SnapshotBegun,
+		SnapshotInstalling: metrics.SnapshotInstalling,
+		SnapshotServing:    metrics.SnapshotServing,
+		SnapshotServed:     metrics.SnapshotServed,
 		SnapshotInstalled: func(index uint64, took time.Duration) {
 			lg.Info("installed a snapshot", zap.Uint64("index", index), zap.Duration("took", took))
 		},
@@ -298,4 +306,12 @@ func (m *member) hooks(metrics *etcdapi.Metrics, id uint64, c *config) sqlraft.H
 		h.RaftInfo = func(message string) { lg.Debug("raft", zap.String("message", message)) }
 	}
 	return h
+}
+
+func tellPeers(metrics *etcdapi.Metrics, local uint64, known backend.Membership) {
+	ids := make([]uint64, len(known.Members))
+	for i := range known.Members {
+		ids[i] = known.Members[i].ID
+	}
+	metrics.KnownPeers(local, ids)
 }

@@ -69,7 +69,10 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	}
 
 	// The database, and this member's part in its cluster. Last to close: whoever comes later may still be writing to it.
-	metrics := etcdapi.NewMetrics(etcdapi.MetricsOptions{Extensive: c.Metrics == "extensive"})
+	metrics := etcdapi.NewMetrics(etcdapi.MetricsOptions{
+		Extensive: c.Metrics == "extensive", SlowApplyAfter: max(c.WarningApplyDuration, 1), SlowApply: slowApply(lg, c.WarningApplyDuration),
+	})
+	c.gates.tell(metrics.Feature)
 	watch := &storageWatch{lg: lg, metrics: metrics}
 	st, err := openStore(ctx, c, watch)
 	if err != nil {
@@ -101,6 +104,16 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 			SlowWatchers:  metrics.SlowWatchers,
 			PendingEvents: metrics.PendingEvents,
 			EventsSent:    metrics.EventsSent,
+			Sent: func(events int, kind watchpoller.SentKind, took time.Duration) {
+				switch kind {
+				case watchpoller.SentEvents:
+					metrics.WatchEventsSent(events, took)
+				case watchpoller.SentProgress:
+					metrics.WatchProgressSent(took)
+				case watchpoller.SentControl:
+					metrics.WatchControlSent(took)
+				}
+			},
 			ReadFailed: func(err error) {
 				lg.Warn("cannot read history for watchers; trying again", zap.Error(err))
 			},
@@ -300,5 +313,13 @@ func logStart(lg *zap.Logger, c *config, memoryLimit int64) {
 func tellSystemd(lg *zap.Logger, env []string, state string) {
 	if err := notifySystemd(env, state); err != nil {
 		lg.Warn("failed to notify systemd", zap.String("state", state), zap.Error(err))
+	}
+}
+
+// slowApply logs etcd's message about what took long to read or to apply.
+func slowApply(lg *zap.Logger, expected time.Duration) func(etcdapi.SlowApply) {
+	return func(s etcdapi.SlowApply) {
+		lg.Warn("apply request took too long", zap.Duration("took", s.Took), zap.Duration("expected-duration", expected),
+			zap.String("prefix", s.Prefix), zap.String("request", s.Request), zap.String("response", s.Response), zap.Error(s.Err))
 	}
 }

@@ -50,6 +50,7 @@ func openStore(ctx context.Context, c *config, watch *storageWatch) (*store, err
 		// All processes are one member, with several doors.
 		s.memberID, s.clusterID = shared, sqlraft.ClusterID([]uint64{shared})
 	}
+	watch.metrics.KnownPeers(s.memberID, []uint64{s.memberID})
 	watch.lg.Info("starting local member", zap.String("local-member-id", fmt.Sprintf("%x", s.memberID)), zap.String("cluster-id", fmt.Sprintf("%x", s.clusterID)))
 	return s, nil
 }
@@ -131,6 +132,8 @@ func (w *storageWatch) options(c *config, id uint64) backend.Options {
 				}
 			},
 			BatchCommitted: committed,
+			Applied:        w.metrics.Applied,
+			CompactionStep: w.metrics.CompactionStep,
 			CompactionDone: func(rev, rows int64, took time.Duration) {
 				w.metrics.CompactionDone(rev, rows, took)
 				// etcd's message.
