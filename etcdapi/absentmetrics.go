@@ -36,8 +36,6 @@ var absentMetrics = []absentMetric{
 	{name: "etcd_debugging_store_watchers", help: "Always 0: there is no v2 store.", kind: gauge},
 	{name: "etcd_debugging_store_reads_total", help: "No series: there is no v2 store.", kind: counter, labels: []string{"action"}},
 	{name: "etcd_debugging_store_writes_total", help: "No series: there is no v2 store.", kind: counter, labels: []string{"action"}},
-	{name: "etcd_debugging_store_reads_failed_total", help: "No series: there is no v2 store.", kind: counter, labels: []string{"action"}},
-	{name: "etcd_debugging_store_writes_failed_total", help: "No series: there is no v2 store.", kind: counter, labels: []string{"action"}},
 
 	// etcd's proxy registers them in the server, too.
 	{name: "etcd_grpc_proxy_cache_hits_total", help: "Always 0: this is no proxy.", kind: gauge},

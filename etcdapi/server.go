@@ -26,6 +26,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3election/v3electionpb"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3lock/v3lockpb"
+	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -150,7 +151,8 @@ type Options struct {
 	// ClientURLs returns those of all processes that serve the store of an only member; nil, or an empty answer: those
 	// of Identity.
 	ClientURLs func(ctx context.Context) []string
-	Metrics    *Metrics // nil: metrics with a registry of their own
+	Metrics    *Metrics     // nil: metrics with a registry of their own
+	Tracer     trace.Tracer // nil: no spans
 	Hooks      Hooks
 
 	EtcdVersion          string        // the etcd version answered with; empty: that of the api module
@@ -264,6 +266,9 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
+	}
+	if s.opts.Tracer != nil {
+		opts = append(opts, grpc.ChainUnaryInterceptor(s.spanUnary), grpc.ChainStreamInterceptor(s.spanStream)) // after those above
 	}
 	k := s.opts.Keepalive
 	if k.MinTime > 0 {

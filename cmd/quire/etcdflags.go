@@ -44,15 +44,6 @@ func addEtcdFlags(fs *pflag.FlagSet, c *config) {
 	str("client-cert-file", "")
 	str("client-key-file", "")
 
-	// Logging, tracing.
-	boolean("enable-log-rotation", false)
-	str("log-rotation-config-json", `{"maxsize": 100, "maxage": 0, "maxbackups": 0, "localtime": false, "compress": false}`)
-	boolean("enable-distributed-tracing", false)
-	str("distributed-tracing-address", "localhost:4317")
-	str("distributed-tracing-service-name", "etcd")
-	str("distributed-tracing-instance-id", "")
-	integer("distributed-tracing-sampling-rate", 0)
-
 	// Features.
 	duration("downgrade-check-time", 5*time.Second)
 	boolean("unsafe-no-fsync", false)

@@ -84,8 +84,10 @@ type config struct {
 	LogLevel    string
 	LogFormat   string
 	LogOutputs  []string
+	LogRotation logRotation
 	Metrics     string
 	EnablePprof bool
+	Tracing     tracingFlags
 
 	ConfigFile   string
 	EtcdVersion  string
@@ -191,6 +193,8 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.StringVar(&c.LogFormat, "log-format", "json", "json or console.")
 	c.LogOutputs = []string{"default"}
 	fs.Var((*commaList)(&c.LogOutputs), "log-outputs", "Comma-separated: default (stderr), stderr, stdout, systemd/journal or file paths.")
+	fs.BoolVar(&c.LogRotation.Enabled, "enable-log-rotation", false, "Rotate the file that --log-outputs names.")
+	fs.StringVar(&c.LogRotation.JSON, "log-rotation-config-json", defaultLogRotation, "How the log file is rotated: sizes in megabytes, ages in days.")
 	fs.StringVar(&c.Metrics, "metrics", "basic", "basic, or extensive for gRPC latency histograms.")
 	fs.BoolVar(&c.EnablePprof, "enable-pprof", false, "Serve runtime profiles under /debug/pprof/ on the client port.")
 
@@ -198,6 +202,7 @@ func newFlagSet(c *config) *pflag.FlagSet {
 	fs.StringVar(&c.EtcdVersion, "etcd-version", defaultEtcdVersion, "The etcd version that quire answers with.")
 	fs.BoolVar(&c.PrintVersion, "version", false, "Print the version and exit.")
 
+	addTracingFlags(fs, &c.Tracing)
 	addClusterFlags(fs, c)
 	addEtcdFlags(fs, c)
 	fs.SetNormalizeFunc(normalizeName(fs))
@@ -414,6 +419,9 @@ func (c *config) finish(fs *pflag.FlagSet, fromFile bool) error {
 		return fmt.Errorf("unknown auto-compaction-mode %q; use periodic or revision", c.AutoCompactionMode)
 	}
 	if _, err := parseRetention(c.AutoCompactionMode, c.AutoCompactionRetention); err != nil {
+		return err
+	}
+	if err := c.Tracing.check(); err != nil {
 		return err
 	}
 	if err := c.TLS.check(); err != nil {

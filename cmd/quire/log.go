@@ -71,7 +71,7 @@ func (c *config) checkLogging() error {
 			return fmt.Errorf("running with systemd/journal but other '--log-outputs' values (%q) are configured; use systemd/journal alone", c.LogOutputs)
 		}
 	}
-	return nil
+	return c.LogRotation.check(c.LogOutputs)
 }
 
 // newLogger opens what --log-outputs names. Files are appended to. close flushes and closes them; the logger must
@@ -87,7 +87,7 @@ func newLogger(c *config, stdout, stderr io.Writer) (lg *zap.Logger, closeLog fu
 		encoder = zapcore.NewConsoleEncoder(encoderConfig)
 	}
 	var sinks []zapcore.WriteSyncer
-	var files []*os.File
+	var files []io.Closer
 	closeFiles := func() error {
 		var errs []error
 		for _, f := range files {
@@ -108,6 +108,15 @@ func newLogger(c *config, stdout, stderr io.Writer) (lg *zap.Logger, closeLog fu
 			}
 			return finishLogger(core, c.LogLevel, stderr), core.close, nil
 		default:
+			if c.LogRotation.Enabled {
+				f, err := c.LogRotation.file(out)
+				if err != nil {
+					return nil, nil, errors.Join(err, closeFiles())
+				}
+				files = append(files, f)
+				sinks = append(sinks, zapcore.Lock(zapcore.AddSync(f)))
+				continue
+			}
 			f, err := os.OpenFile(out, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o666)
 			if err != nil {
 				return nil, nil, errors.Join(fmt.Errorf("--log-outputs: %w", err), closeFiles())

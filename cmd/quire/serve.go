@@ -121,6 +121,17 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	})
 	defer poller.Close()
 
+	var spans *tracing // nil: none
+	if c.Tracing.Enabled {
+		if spans, err = startTracing(ctx, &c.Tracing, lg); err != nil {
+			return err
+		}
+		defer func() {
+			if err := spans.stop(); err != nil {
+				lg.Warn("distributed tracing", zap.Error(err))
+			}
+		}()
+	}
 	api = etcdapi.New(etcdapi.Options{
 		Backend:         db,
 		View:            func() etcdapi.View { return db.View() },
@@ -133,6 +144,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		},
 		ClientURLs:           db.ClientURLs,
 		Metrics:              metrics,
+		Tracer:               spans.tracer(),
 		EtcdVersion:          c.EtcdVersion,
 		MaxRequestBytes:      c.MaxRequestBytes,
 		MaxTxnOps:            c.MaxTxnOps,
@@ -151,7 +163,8 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	})
 	defer api.Close()
 	watch.api.Store(api)
-	server := grpc.NewServer(append(api.ServerOptions(), grpc.Creds(doorCredentials{}))...)
+	options := append(api.ServerOptions(), grpc.Creds(doorCredentials{}))
+	server := grpc.NewServer(append(options, spans.serverOptions()...)...)
 	api.RegisterGRPC(server)
 
 	profiles := c.EnablePprof || c.LogLevel == "debug"
