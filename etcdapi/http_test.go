@@ -225,7 +225,7 @@ func TestMetricsHaveEtcdsNamesAndCountWhatHappened(t *testing.T) {
 		"etcd_mvcc_db_total_size_in_bytes 4096", "etcd_mvcc_db_total_size_in_use_in_bytes 2048", "etcd_server_quota_backend_bytes 1.048576e+06",
 		"etcd_debugging_mvcc_keys_total 1", "etcd_debugging_mvcc_current_revision 4", "etcd_debugging_mvcc_compact_revision 3",
 		"etcd_debugging_lease_granted_total 1", "etcd_debugging_lease_revoked_total 3", "etcd_debugging_lease_renewed_total 0", "etcd_debugging_server_lease_expired_total 1",
-		"etcd_debugging_lease_ttl_total_sum 60", "etcd_debugging_auth_revision 1",
+		"etcd_debugging_lease_ttl_total_sum 60", "etcd_debugging_auth_revision 0",
 		`etcd_server_apply_duration_seconds_count{op="Put",success="true",version="v3"} 1`,
 		`etcd_server_apply_duration_seconds_count{op="LeaseRevoke",success="true",version="v3"} 2`,
 		`etcd_server_apply_duration_seconds_count{op="LeaseRevoke",success="false",version="v3"} 1`,

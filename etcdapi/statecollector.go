@@ -11,12 +11,7 @@ import (
 type stateCollector struct {
 	m     *Metrics
 	stats []stateMetric
-
-	authRevision *prometheus.Desc
 }
-
-// authState is what a Backend with users and roles tells of them.
-type authState interface{ AuthRevision() uint64 }
 
 type stateMetric struct {
 	desc  *prometheus.Desc
@@ -60,7 +55,8 @@ func newStateCollector(m *Metrics) *stateCollector {
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.Revision) })
 	gauge("etcd_debugging_mvcc_compact_revision", "The revision of the last compaction in store.",
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.CompactRevision) })
-	c.authRevision = prometheus.NewDesc("etcd_debugging_auth_revision", "The current revision of auth store.", nil, nil)
+	gauge("etcd_debugging_auth_revision", "The current revision of auth store.",
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.AuthRevision) })
 	gauge("quire_logical_bytes", "Key and value bytes of all rows not yet compacted: what the quota counts.",
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.LogicalBytes) })
 	gauge("quire_leases", "Number of leases.",
@@ -74,7 +70,6 @@ func (c *stateCollector) Describe(out chan<- *prometheus.Desc) {
 	for _, s := range c.stats {
 		out <- s.desc
 	}
-	out <- c.authRevision
 }
 
 func (c *stateCollector) Collect(out chan<- prometheus.Metric) {
@@ -87,9 +82,4 @@ func (c *stateCollector) Collect(out chan<- prometheus.Metric) {
 	for _, m := range c.stats {
 		out <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(&raft, &stats))
 	}
-	rev := uint64(1) // etcd's before there are users and roles
-	if auth, ok := s.opts.Backend.(authState); ok {
-		rev = auth.AuthRevision()
-	}
-	out <- prometheus.MustNewConstMetric(c.authRevision, prometheus.GaugeValue, float64(rev))
 }
