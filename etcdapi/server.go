@@ -153,7 +153,9 @@ type Options struct {
 	ClientURLs func(ctx context.Context) []string
 	Metrics    *Metrics     // nil: metrics with a registry of their own
 	Tracer     trace.Tracer // nil: no spans
-	Hooks      Hooks
+	// TraceRequests keeps the last calls for the pages of golang.org/x/net/trace.
+	TraceRequests bool
+	Hooks         Hooks
 
 	EtcdVersion          string        // the etcd version answered with; empty: that of the api module
 	MaxRequestBytes      uint          // --max-request-bytes; 0: 1.5 MiB
@@ -266,6 +268,9 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 		grpc.NumStreamWorkers(streamWorkers),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
+	}
+	if s.opts.TraceRequests {
+		opts = append(opts, grpc.ChainUnaryInterceptor(traceUnary), grpc.ChainStreamInterceptor(traceStream))
 	}
 	if s.opts.Tracer != nil {
 		opts = append(opts, grpc.ChainUnaryInterceptor(s.spanUnary), grpc.ChainStreamInterceptor(s.spanStream)) // after those above

@@ -17,7 +17,7 @@ func waitForBlockProfile(done <-chan struct{}) { <-done }
 
 // Nothing switches the recording on but the request itself.
 func TestBlockProfileRecordsWhileItIsAskedFor(t *testing.T) {
-	server := httptest.NewServer(clientHandler(http.NotFoundHandler(), nil, true))
+	server := httptest.NewServer(clientHandler(http.NotFoundHandler(), nil, debugPages{Profiles: true}))
 	defer server.Close()
 	done := make(chan struct{})
 	go func() { // waits that begin and end within the second

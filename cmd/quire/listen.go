@@ -3,12 +3,10 @@ package main
 import (
 	"context"
 	"errors"
-	"expvar"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"net/url"
 	"os"
 	"slices"
@@ -130,22 +128,14 @@ func removeStaleSocket(path string) error {
 	return os.Remove(path)
 }
 
-// clientHandler adds to api what is not etcd's API: /debug/vars always, profiles when asked for, as in etcd.
-func clientHandler(api http.Handler, gate *gateway, profiles bool) http.Handler {
+// clientHandler adds to api what is not etcd's API.
+func clientHandler(api http.Handler, gate *gateway, debug debugPages) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("/", api)
 	if gate != nil {
 		mux.Handle("/v3/", gate)
 	}
-	mux.Handle("/debug/vars", expvar.Handler())
-	if profiles {
-		mux.HandleFunc("/debug/pprof/", pprof.Index)
-		mux.HandleFunc("/debug/pprof/block", blockProfile())
-		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	}
+	debug.install(mux)
 	return mux
 }
 

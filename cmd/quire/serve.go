@@ -145,6 +145,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		ClientURLs:           db.ClientURLs,
 		Metrics:              metrics,
 		Tracer:               spans.tracer(),
+		TraceRequests:        c.LogLevel == "debug",
 		EtcdVersion:          c.EtcdVersion,
 		MaxRequestBytes:      c.MaxRequestBytes,
 		MaxTxnOps:            c.MaxTxnOps,
@@ -167,8 +168,8 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	server := grpc.NewServer(append(options, spans.serverOptions()...)...)
 	api.RegisterGRPC(server)
 
-	profiles := c.EnablePprof || c.LogLevel == "debug"
-	if profiles {
+	pages := debugPages{Profiles: c.EnablePprof || c.LogLevel == "debug", Requests: c.LogLevel == "debug", Raft: st.raft}
+	if pages.Profiles {
 		lg.Info("pprof is enabled", zap.String("path", "/debug/pprof"))
 	}
 	handler := api.HTTPHandler()
@@ -185,7 +186,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		access.NamedByCertificate = func() bool { return db.Auth().Enabled() }
 	}
 	cl := newClients(lg, clientOptions{
-		TLS: certs, GRPC: server, Handler: access.Handler(clientHandler(handler, gate, profiles)), Metrics: metricsHandler(handler), Gateway: gate,
+		TLS: certs, GRPC: server, Handler: access.Handler(clientHandler(handler, gate, pages)), Metrics: metricsHandler(handler), Gateway: gate,
 		MaxConcurrentStreams: c.MaxConcurrentStreams,
 	})
 	// Only now the ports: whoever can connect is answered. Probes at once, as in etcd, so that nobody restarts a member

@@ -15,3 +15,6 @@ func socketControl(reusePort, reuseAddress bool) func(network, address string, c
 		return errors.New("--socket-reuse-port and --socket-reuse-address are not supported on this system")
 	}
 }
+
+// fileLimit is unknown here.
+func fileLimit() uint64 { return 0 }

@@ -32,3 +32,12 @@ func socketControl(reusePort, reuseAddress bool) func(network, address string, c
 		return errors.Join(append(errs, err)...)
 	}
 }
+
+// fileLimit is how many files may be open; 0 if the system does not tell.
+func fileLimit() uint64 {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0
+	}
+	return uint64(r.Cur)
+}

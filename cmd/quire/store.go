@@ -64,6 +64,21 @@ func (s *store) header() *pb.ResponseHeader {
 	return &pb.ResponseHeader{ClusterId: st.ClusterID, MemberId: st.ID, RaftTerm: st.Term}
 }
 
+// raft is what /debug/vars shows.
+func (s *store) raft() raftVars {
+	applied := s.db.Stats().AppliedIndex
+	v := raftVars{ID: fmt.Sprintf("%x", s.memberID), Lead: fmt.Sprintf("%x", s.memberID), Term: etcdapi.OneMemberTerm,
+		Commit: applied, Applied: applied, State: "StateLeader"}
+	if s.member != nil {
+		st := s.member.Status()
+		v.Lead, v.Term, v.Commit, v.Applied = fmt.Sprintf("%x", st.Leader), st.Term, st.Committed, st.Applied
+		if st.Leader != st.ID {
+			v.State = "StateFollower"
+		}
+	}
+	return v
+}
+
 // leads tells whether it is on this process to do what one of all has to do.
 func (s *store) leads() bool {
 	if s.member == nil {
