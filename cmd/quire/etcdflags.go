@@ -17,7 +17,7 @@ const ineffective = "quire-ineffective"
 // that nothing in quire reads yet. Their values are still checked for type, so that a command line that etcd
 // refuses is refused here too.
 func addEtcdFlags(fs *pflag.FlagSet, c *config) {
-	const usage = "Known from etcd; has no effect yet in this storage mode."
+	const usage = "Known from etcd; has no effect."
 	mark := func(name string) { fs.Lookup(name).Annotations = map[string][]string{ineffective: nil} }
 	str := func(name, value string) { fs.String(name, value, usage); mark(name) }
 	boolean := func(name string, value bool) { fs.Bool(name, value, usage); mark(name) }
@@ -84,7 +84,7 @@ func noteIneffective(fs *pflag.FlagSet, c *config) {
 			return
 		}
 		if _, ok := f.Annotations[ineffective]; ok {
-			c.note(fmt.Sprintf("flag --%s has no effect yet in this storage mode", f.Name), "flag", f.Name)
+			c.note(fmt.Sprintf("flag --%s has no effect", f.Name), "flag", f.Name)
 		}
 		if _, ok := f.Annotations[clusterOnly]; ok && c.Kind != storageRaft {
 			c.note(fmt.Sprintf("flag --%s has no effect: this is no member of a cluster", f.Name), "flag", f.Name)
@@ -92,7 +92,7 @@ func noteIneffective(fs *pflag.FlagSet, c *config) {
 	})
 	// What LeaseCheckpoint… ask for is always so.
 	for _, name := range c.gates.without("InitialCorruptCheck", "CompactHashCheck", "SetMemberLocalAddr", "LeaseCheckpoint", "LeaseCheckpointPersist") {
-		c.note("feature gate has no effect yet", "feature-gate", name)
+		c.note("feature gate has no effect", "feature-gate", name)
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
+	"github.com/quire-db/quire/backend"
 	"github.com/quire-db/quire/etcdapi"
 	"github.com/quire-db/quire/sqlraft"
 	"github.com/quire-db/quire/watchpoller"
@@ -90,6 +91,8 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 	lg.Info("opened the database", zap.String("storage", c.StoragePath), zap.Int64("revision", stats.Revision),
 		zap.Int64("compact-revision", stats.CompactRevision), zap.Int64("keys", stats.Keys), zap.Int("leases", stats.Leases),
 		zap.Int64("size-bytes", stats.DBSize), zap.Duration("took", time.Since(started)))
+
+	logFreePages(lg, c, stats)
 
 	// The poller reads committed rows, so it lives shorter than the database; the API's watch streams end before it.
 	var api *etcdapi.Server
