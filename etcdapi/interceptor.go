@@ -85,7 +85,7 @@ func (s *Server) slowUnary(ctx context.Context, req any, info *grpc.UnaryServerI
 	start := time.Now()
 	resp, err := handler(ctx, req)
 	if took := time.Since(start); took > s.opts.SlowRequestAfter {
-		s.opts.Hooks.SlowRequest(info.FullMethod, took, summary(ctx, req, resp, err))
+		s.opts.Hooks.SlowRequest(describe(ctx, info.FullMethod, req, resp, start, took, err))
 	}
 	return resp, err
 }
@@ -112,20 +112,48 @@ func loggable(req any) string {
 // summaryBytes bounds a summary: a Txn may name hundreds of keys.
 const summaryBytes = 1 << 10
 
-// summary describes a request without values.
-func summary(ctx context.Context, req, resp any, err error) string {
-	text := loggable(req)
-	var b strings.Builder
-	fmt.Fprintf(&b, "request:<%s> request_size:%d", text, messageSize(req))
-	if err != nil {
-		fmt.Fprintf(&b, " error:%q", err.Error())
-	} else {
-		fmt.Fprintf(&b, " response_size:%d", messageSize(resp))
-	}
+// SlowRequest is a unary request that took longer than Options.SlowRequestAfter, as etcd describes it.
+type SlowRequest struct {
+	Method, Remote string
+	Start          time.Time
+	Took           time.Duration
+	// Operations asked for, and keys in the answer; -1 where this cannot be counted.
+	RequestCount, ResponseCount int
+	RequestSize, ResponseSize   int // bytes; -1: there is no answer
+	Content                     string
+	Err                         error
+}
+
+// describe leaves values out.
+func describe(ctx context.Context, method string, req, resp any, start time.Time, took time.Duration, err error) SlowRequest {
+	d := SlowRequest{Method: method, Start: start, Took: took, RequestCount: -1, ResponseCount: -1,
+		RequestSize: messageSize(req), ResponseSize: -1, Content: loggable(req), Err: err}
 	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
-		fmt.Fprintf(&b, " remote:%s", p.Addr)
+		d.Remote = p.Addr.String()
 	}
-	return b.String()
+	if err == nil {
+		d.ResponseSize = messageSize(resp)
+	}
+	switch r := req.(type) {
+	case *pb.PutRequest:
+		d.RequestCount, d.ResponseCount = 1, 0
+	case *pb.RangeRequest:
+		d.RequestCount, d.ResponseCount = 0, 0
+		if answer, ok := resp.(*rangeResponse); ok && err == nil {
+			d.ResponseCount = len(answer.kvs)
+		}
+	case *pb.DeleteRangeRequest:
+		d.RequestCount, d.ResponseCount = 0, 0
+		if answer, ok := resp.(*pb.DeleteRangeResponse); ok && err == nil {
+			d.ResponseCount = int(answer.GetDeleted())
+		}
+	case *pb.TxnRequest:
+		d.RequestCount, d.ResponseCount = len(r.GetFailure()), 0
+		if answer, ok := resp.(*pb.TxnResponse); ok && answer.GetSucceeded() {
+			d.RequestCount = len(r.GetSuccess())
+		}
+	}
+	return d
 }
 
 // messageSize is the encoded size in bytes; -1 for what is no message.

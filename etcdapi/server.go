@@ -127,9 +127,8 @@ type Keepalive struct {
 
 // Hooks report to the outside; any may be nil; none may block.
 type Hooks struct {
-	// SlowRequest is called after a unary request took at least Options.SlowRequestAfter. request describes it
-	// with keys, sizes and the client's address, and without values.
-	SlowRequest func(method string, took time.Duration, request string)
+	// SlowRequest is called after a unary request took longer than Options.SlowRequestAfter.
+	SlowRequest func(SlowRequest)
 	// SnapshotSent is called when a client has got a snapshot of so many bytes, or err says why it has not.
 	SnapshotSent func(size int64, took time.Duration, err error)
 	// Defragment is called when a defragmentation that a client asked for begins, and when it has ended.

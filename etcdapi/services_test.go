@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -482,10 +483,10 @@ func TestSlowRequestsAreReportedWithoutValues(t *testing.T) {
 	f := newFakeStore()
 	s := newTestServer(t, f, func(o *Options) {
 		o.SlowRequestAfter = 1
-		o.Hooks.SlowRequest = func(method string, took time.Duration, request string) {
+		o.Hooks.SlowRequest = func(r SlowRequest) {
 			mu.Lock()
 			defer mu.Unlock()
-			reported[method] = request
+			reported[r.Method] = fmt.Sprintf("%s remote:%s counts:%d,%d sizes:%t,%t error:%v", r.Content, r.Remote, r.RequestCount, r.ResponseCount, r.RequestSize > 0, r.ResponseSize > 0, r.Err)
 		}
 	})
 	kv := pb.NewKVClient(dial(t, s))
@@ -511,7 +512,7 @@ func TestSlowRequestsAreReportedWithoutValues(t *testing.T) {
 	mu.Lock()
 	defer mu.Unlock()
 	for method, want := range map[string]string{
-		pb.KV_Put_FullMethodName: "mykey", pb.KV_Txn_FullMethodName: "request_size:", pb.KV_Range_FullMethodName: "response_size:",
+		pb.KV_Put_FullMethodName: "mykey", pb.KV_Txn_FullMethodName: "counts:1,0 sizes:true,true", pb.KV_Range_FullMethodName: "counts:0,1 sizes:true,true",
 		pb.KV_DeleteRange_FullMethodName: "key is not provided",
 	} {
 		if !strings.Contains(reported[method], want) || !strings.Contains(reported[method], "remote:") {
@@ -526,11 +527,11 @@ func TestSlowRequestsAreReportedWithoutValues(t *testing.T) {
 }
 
 func TestSummariesAreBoundedAndSayNothingOfUnknownRequests(t *testing.T) {
-	text := summary(t.Context(), &pb.RangeRequest{Key: []byte(strings.Repeat("é", 10_000))}, nil, nil)
+	text := loggable(&pb.RangeRequest{Key: []byte(strings.Repeat("é", 10_000))})
 	if len(text) > summaryBytes+100 {
 		t.Errorf("%d bytes", len(text))
 	}
-	text = summary(t.Context(), &pb.AuthenticateRequest{Name: "root", Password: "hunter2"}, &pb.AuthenticateResponse{}, nil)
+	text = loggable(&pb.AuthenticateRequest{Name: "root", Password: "hunter2"})
 	if strings.Contains(text, "hunter2") {
 		t.Errorf("reported a password: %s", text)
 	}

@@ -16,7 +16,6 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
-	"github.com/quire-db/quire/backend"
 	"github.com/quire-db/quire/etcdapi"
 	"github.com/quire-db/quire/sqlraft"
 	"github.com/quire-db/quire/watchpoller"
@@ -85,14 +84,13 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 			return
 		}
 		lg.Info("closed the database", zap.String("storage", c.StoragePath))
+		lg.Info("closed etcd server", zap.String("name", c.Name), zap.String("data-dir", c.DataDir)) // etcd's last word
 	}()
 	db := st.db
 	stats := db.Stats()
 	lg.Info("opened the database", zap.String("storage", c.StoragePath), zap.Int64("revision", stats.Revision),
 		zap.Int64("compact-revision", stats.CompactRevision), zap.Int64("keys", stats.Keys), zap.Int("leases", stats.Leases),
 		zap.Int64("size-bytes", stats.DBSize), zap.Duration("took", time.Since(started)))
-
-	logFreePages(lg, c, stats)
 
 	// The poller reads committed rows, so it lives shorter than the database; the API's watch streams end before it.
 	var api *etcdapi.Server
@@ -160,10 +158,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		Keepalive: etcdapi.Keepalive{
 			MinTime: c.GRPCKeepAliveMinTime, Interval: c.GRPCKeepAliveInterval, Timeout: c.GRPCKeepAliveTimeout,
 		},
-		Hooks: etcdapi.Hooks{SlowRequest: func(method string, took time.Duration, request string) {
-			// etcd's message; its tests and dashboards look for it.
-			lg.Warn("request stats", zap.String("method", method), zap.Duration("time spent", took), zap.String("request content", request))
-		}, SnapshotSent: logSnapshot(lg), Defragment: logDefragment(lg)},
+		Hooks: etcdapi.Hooks{SlowRequest: slowRequest(lg), SnapshotSent: logSnapshot(lg), Defragment: logDefragment(lg)},
 	})
 	defer api.Close()
 	watch.api.Store(api)
@@ -338,5 +333,15 @@ func slowApply(lg *zap.Logger, expected time.Duration) func(etcdapi.SlowApply) {
 	return func(s etcdapi.SlowApply) {
 		lg.Warn("apply request took too long", zap.Duration("took", s.Took), zap.Duration("expected-duration", expected),
 			zap.String("prefix", s.Prefix), zap.String("request", s.Request), zap.String("response", s.Response), zap.Error(s.Err))
+	}
+}
+
+// slowRequest logs etcd's message, with its fields; its tests and dashboards look for it.
+func slowRequest(lg *zap.Logger) func(etcdapi.SlowRequest) {
+	return func(r etcdapi.SlowRequest) {
+		lg.Warn("request stats", zap.Time("start time", r.Start), zap.Duration("time spent", r.Took), zap.String("remote", r.Remote),
+			zap.String("response type", r.Method), zap.Int("request count", r.RequestCount), zap.Int("request size", r.RequestSize),
+			zap.Int("response count", r.ResponseCount), zap.Int("response size", r.ResponseSize), zap.String("request content", r.Content),
+			zap.Error(r.Err))
 	}
 }
