@@ -20,6 +20,7 @@ var example = map[string]string{
 // TestFlagsOfEtcd: every flag in a real etcd's help is taken by quire, with its default value, if etcd itself takes it; and
 // docs/compatibility.md has a row for it.
 func TestFlagsOfEtcd(t *testing.T) {
+	t.Parallel()
 	theirs, ours := etcd(t), quire(t)
 	help, err := exec.Command(theirs.path, "--help").CombinedOutput()
 	if err != nil {

@@ -59,6 +59,7 @@ func speaks(t *testing.T, network, address string, config *tls.Config) string {
 
 // TestListeners: what is spoken on each of the addresses that the flags name.
 func TestListeners(t *testing.T) {
+	t.Parallel()
 	a := newAuthority(t)
 	p := a.pair(t, "server", "localhost")
 	config := &tls.Config{RootCAs: a.pool}
@@ -114,6 +115,7 @@ func TestListeners(t *testing.T) {
 
 // TestMetricsWithTLSNeedACertificate, and say so as etcd does.
 func TestMetricsWithTLSNeedACertificate(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
 		address := start.FreeAddress(t)
 		s := start.RunProgram(t, p.path, nil, "--data-dir="+filepath.Join(t.TempDir(), "d"), "--listen-client-urls=http://"+address,
@@ -130,6 +132,7 @@ func TestMetricsWithTLSNeedACertificate(t *testing.T) {
 
 // TestClientCertificates: who is let in, under each of the flags about it.
 func TestClientCertificates(t *testing.T) {
+	t.Parallel()
 	a, stranger := newAuthority(t), newAuthority(t)
 	server := a.pair(t, "server", "localhost")
 	good, bad, foreign := a.pair(t, "good", "good.example"), a.pair(t, "bad", "bad.example"), stranger.pair(t, "good", "good.example")
@@ -189,6 +192,7 @@ func holding(p pair) *tls.Config {
 
 // TestAutoTLS: the generated certificate lasts as long as asked for.
 func TestAutoTLS(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
 		address := start.FreeAddress(t)
 		s := p.start(t, 1, "--auto-tls", "--self-signed-cert-validity=2", "--listen-client-urls=https://"+address)[0]

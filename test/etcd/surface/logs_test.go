@@ -36,6 +36,7 @@ func entries(t *testing.T, s *server) (all []map[string]any) {
 // TestLogLinesOfEtcd: what etcd's tools and tests wait for in its log is in quire's, with the same message. Neither shows
 // values in them.
 func TestLogLinesOfEtcd(t *testing.T) {
+	t.Parallel()
 	const secret = "this-is-a-value"
 	onBoth(t, func(t *testing.T, p program) {
 		metrics := start.FreeAddress(t)
@@ -89,6 +90,7 @@ func TestLogLinesOfEtcd(t *testing.T) {
 
 // TestDebugLogIsJSON: not a line of plain text by a library.
 func TestDebugLogIsJSON(t *testing.T) {
+	t.Parallel()
 	s := quire(t).start(t, 1, "--log-level=debug", "--enable-distributed-tracing", "--distributed-tracing-address=127.0.0.1:1",
 		"--distributed-tracing-sampling-rate=1000000")[0]
 	c, ctx := s.client(t), within(t, 60*time.Second)
@@ -104,6 +106,7 @@ func TestDebugLogIsJSON(t *testing.T) {
 
 // TestLoggingFlagsAreRefusedAsByEtcd: the same mistakes, and what is said about them.
 func TestLoggingFlagsAreRefusedAsByEtcd(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
 		dir := t.TempDir()
 		for _, c := range []struct{ flags, want string }{

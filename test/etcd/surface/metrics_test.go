@@ -26,6 +26,7 @@ import (
 // TestMetricsOfEtcd: whatever a real etcd shows after the same requests, quire shows, of the same type and with the same
 // labels.
 func TestMetricsOfEtcd(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		members int
 		level   string
@@ -65,6 +66,7 @@ func TestMetricsOfEtcd(t *testing.T) {
 
 // TestMetricsCountAsEtcd: the counters that etcd's own tests look at, after the same requests.
 func TestMetricsCountAsEtcd(t *testing.T) {
+	t.Parallel()
 	counted := []string{"etcd_mvcc_put_total", "etcd_mvcc_delete_total", "etcd_mvcc_txn_total", "etcd_debugging_mvcc_keys_total",
 		"etcd_debugging_mvcc_total_put_size_in_bytes", "etcd_debugging_mvcc_current_revision", "etcd_debugging_mvcc_compact_revision",
 		"etcd_debugging_lease_granted_total", "etcd_debugging_lease_revoked_total", "etcd_debugging_auth_revision"}
@@ -98,6 +100,7 @@ func TestMetricsCountAsEtcd(t *testing.T) {
 
 // TestMetricsAreDocumented: docs/metrics.md names every metric that an etcd can show, with its labels.
 func TestMetricsAreDocumented(t *testing.T) {
+	t.Parallel()
 	page, err := os.ReadFile(filepath.Join("..", "..", "..", "docs", "metrics.md"))
 	if err != nil {
 		t.Fatal(err)

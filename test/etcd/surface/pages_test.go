@@ -17,6 +17,7 @@ import (
 // TestPagesOfEtcd: every page, asked for in every way, is answered with a real etcd's status, type and headers, on the
 // port of the clients and on that of --listen-metrics-urls.
 func TestPagesOfEtcd(t *testing.T) {
+	t.Parallel()
 	paths := []string{
 		"/", "/health", "/health/", "/health?exclude=NOSPACE", "/health?serializable=true", "/livez", "/livez/", "/livez?verbose", "/livez/nothing",
 		"/readyz", "/readyz?verbose", "/readyz?exclude=non_learner&exclude=nothing&verbose", "/readyz?allowlist=non_learner&verbose",
@@ -84,6 +85,7 @@ func ask(t *testing.T, method, url string) string {
 
 // TestDebugVars: etcd's own variables are there.
 func TestDebugVars(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
 		s := p.start(t, 1)[0]
 		var vars struct {
@@ -111,6 +113,7 @@ func TestDebugVars(t *testing.T) {
 // TestDebugRequests: calls are listed under etcd's names at the log level debug, without values and passwords. (A real etcd
 // shows values.)
 func TestDebugRequests(t *testing.T) {
+	t.Parallel()
 	const secret = "this-is-secret"
 	s := quire(t).start(t, 1, "--log-level=debug")[0]
 	c, ctx := s.client(t), within(t, 60*time.Second)

@@ -104,6 +104,7 @@ func sampled(ctx context.Context) context.Context {
 // TestSpansOfEtcd: with the same flags and requests, the spans of quire are named and described as those of a real etcd.
 // Only requests are traced whose client asks for it, the sampling rate being 0.
 func TestSpansOfEtcd(t *testing.T) {
+	t.Parallel()
 	const secret = "this-is-a-value"
 	seen, described := map[string]map[string]bool{}, map[string]map[string]bool{}
 	for _, p := range []program{etcd(t), quire(t)} {
@@ -178,6 +179,7 @@ func TestSpansOfEtcd(t *testing.T) {
 
 // TestSamplingRate: at the rate of a million in a million, what no client has decided on is traced.
 func TestSamplingRate(t *testing.T) {
+	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
 		c := collect(t)
 		s := p.start(t, 1, "--enable-distributed-tracing=true", "--distributed-tracing-address="+c.address, "--distributed-tracing-sampling-rate=1000000")[0]
