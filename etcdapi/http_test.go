@@ -219,7 +219,7 @@ func TestMetricsHaveEtcdsNamesAndCountWhatHappened(t *testing.T) {
 		"etcd_server_has_leader 1", "etcd_server_is_leader 1", "etcd_server_is_learner 0", "etcd_server_leader_changes_seen_total 1",
 		`etcd_server_version{server_version="3.7.3"} 1`, `etcd_cluster_version{cluster_version="3.7"} 1`,
 		`etcd_server_id{server_id="dead00000000beef"} 1`,
-		"etcd_server_proposals_committed_total 9", "etcd_server_proposals_applied_total 9", "etcd_server_proposals_pending 0", "etcd_server_proposals_failed_total 0",
+		"etcd_server_proposals_committed_total 10", "etcd_server_proposals_applied_total 10", "etcd_server_proposals_pending 0", "etcd_server_proposals_failed_total 0",
 		"etcd_mvcc_put_total 3", "etcd_mvcc_delete_total 1", "etcd_mvcc_range_total 3", "etcd_mvcc_txn_total 1",
 		"etcd_debugging_mvcc_total_put_size_in_bytes 13",
 		"etcd_mvcc_db_total_size_in_bytes 4096", "etcd_mvcc_db_total_size_in_use_in_bytes 2048", "etcd_server_quota_backend_bytes 1.048576e+06",

@@ -17,11 +17,12 @@ import (
 const leaderlessElections = 3
 
 // status is the cluster's, with the store's own indexes where there is no Raft: a command that is applied here is
-// committed, and none is committed that is not applied.
+// committed, and none is committed that is not applied. The first index is the founding of the store, as in etcd:
+// whoever reads the status as JSON does not see an index of 0.
 func (s *Server) status(stats *backend.Stats) ClusterStatus {
 	st := s.cluster.Status()
 	if s.opts.Cluster == nil {
-		st.Committed, st.Applied = stats.AppliedIndex, stats.AppliedIndex
+		st.Committed, st.Applied = stats.AppliedIndex+1, stats.AppliedIndex+1
 	}
 	return st
 }

@@ -341,7 +341,7 @@ func TestStatus(t *testing.T) {
 	checkHeader(t, got.Header, 1)
 	got.Header = nil
 	want := &pb.StatusResponse{
-		Version: "3.7.3", DbSize: 100, DbSizeInUse: 60, DbSizeQuota: 1 << 31, Leader: testMember, RaftIndex: 77, RaftAppliedIndex: 77,
+		Version: "3.7.3", DbSize: 100, DbSizeInUse: 60, DbSizeQuota: 1 << 31, Leader: testMember, RaftIndex: 78, RaftAppliedIndex: 78,
 		RaftTerm: testTerm, StorageVersion: "3.7.0", DowngradeInfo: &pb.DowngradeInfo{},
 	}
 	if !proto.Equal(got, want) {
