@@ -48,13 +48,16 @@ type Options struct {
 	CompactionBatch int
 	// CompactionPause is how long a compaction waits between two of these, at least.
 	CompactionPause time.Duration
-	Hooks           Hooks
+	// NoSpaceHold is how long the NOSPACE alarm stands after compaction has made room. 0: 10 s.
+	NoSpaceHold time.Duration
+	Hooks       Hooks
 }
 
 const (
 	defaultQuotaBytes      = 2 << 30
 	defaultValueCacheBytes = 256 << 20
 	defaultMinLeaseTTL     = 2
+	defaultNoSpaceHold     = 10 * time.Second
 )
 
 func (o Options) withDefaults() Options {
@@ -66,6 +69,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.MinLeaseTTL == 0 {
 		o.MinLeaseTTL = defaultMinLeaseTTL
+	}
+	if o.NoSpaceHold == 0 {
+		o.NoSpaceHold = defaultNoSpaceHold
 	}
 	if o.TokenTTL == 0 {
 		o.TokenTTL = defaultTokenTTL

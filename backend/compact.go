@@ -107,9 +107,16 @@ func (db *DB) WaitCompacted(ctx context.Context, rev int64) error {
 const stepRetry = time.Second
 
 func (db *DB) compactLoop() {
+	var heal <-chan time.Time // when a NOSPACE alarm may go; nil: there is none to look after
 	for {
 		select {
 		case <-db.compactor.kick:
+		case <-heal:
+			heal = nil
+			if db.clearNoSpace() != nil {
+				heal = time.After(stepRetry)
+			}
+			continue
 		case <-db.ctx.Done():
 			return
 		}
@@ -117,6 +124,9 @@ func (db *DB) compactLoop() {
 			if !db.pause(stepRetry) {
 				return
 			}
+		}
+		if heal == nil && db.alarms.current().has(pb.AlarmType_NOSPACE) {
+			heal = time.After(db.opts.NoSpaceHold)
 		}
 	}
 }
@@ -152,9 +162,6 @@ func (db *DB) compactOnce() error {
 	removeRows := db.removeGarbage
 	if db.shared != nil {
 		removeRows = db.sweepShared
-	}
-	if err := db.clearNoSpace(); err != nil {
-		return err
 	}
 	rows, err := removeRows(target)
 	if err != nil {
@@ -396,7 +403,8 @@ func (db *DB) dropRow(r *record) {
 	db.st.logical -= int64(r.size) + rowOverhead
 }
 
-// clearNoSpace lets the NOSPACE alarm go when compaction has made room.
+// clearNoSpace lets the NOSPACE alarm go when compaction has made room, some time after it has: somebody who makes room by
+// hand, and disarms the alarm as etcd's manual says, is to find it.
 func (db *DB) clearNoSpace() error {
 	var gone []alarmKey
 	if _, err := db.step(func() error { gone = db.outlived(); return nil }); err != nil {

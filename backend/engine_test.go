@@ -533,7 +533,8 @@ func TestCommittedThoughReportedFailed(t *testing.T) {
 
 func TestQuotaRaisesNoSpaceAndClearsIt(t *testing.T) {
 	changes := make(chan bool, 10)
-	db := openTest(t, testPath(t), Options{QuotaBytes: 64 << 10, Hooks: Hooks{Alarm: func(_ *pb.AlarmMember, raised bool) { changes <- raised }}})
+	const hold = 300 * time.Millisecond
+	db := openTest(t, testPath(t), Options{QuotaBytes: 64 << 10, NoSpaceHold: hold, Hooks: Hooks{Alarm: func(_ *pb.AlarmMember, raised bool) { changes <- raised }}})
 	var err error
 	puts := 0
 	for ; err == nil && puts < 1000; puts++ {
@@ -548,9 +549,13 @@ func TestQuotaRaisesNoSpaceAndClearsIt(t *testing.T) {
 	// Reading and deleting go on, and compaction makes room.
 	mustWrite(t, db, &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{
 		RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte("k")}}}}})
+	compacted := time.Now()
 	mustWrite(t, db, &pb.CompactionRequest{Revision: db.Revision()})
 	if raised := <-changes; raised || len(db.Alarms()) != 0 {
 		t.Fatalf("alarms after the compaction: %v", db.Alarms())
+	}
+	if took := time.Since(compacted); took < hold {
+		t.Errorf("the alarm has stood for %v only: who made room by hand does not find it", took)
 	}
 	mustPut(t, db, "k", "v")
 }

@@ -550,7 +550,8 @@ func TestReplicaStampsTheLogWhileThereAreLeases(t *testing.T) {
 // TestReplicaNoSpace: it is the leader's quota that counts, on every member, and the leader who lets the alarm go, whoever
 // has raised it.
 func TestReplicaNoSpace(t *testing.T) {
-	c := newCluster(t, Options{MemberID: 1, QuotaBytes: 64 << 10}, Options{MemberID: 2, QuotaBytes: 1 << 10}, Options{MemberID: 3, QuotaBytes: -1})
+	c := newCluster(t, Options{MemberID: 1, QuotaBytes: 64 << 10, NoSpaceHold: 1}, Options{MemberID: 2, QuotaBytes: 1 << 10, NoSpaceHold: 1},
+		Options{MemberID: 3, QuotaBytes: -1, NoSpaceHold: 1})
 	c.lead(0)
 	small := c.members[1].db
 	var err error
