@@ -284,6 +284,18 @@ func TestHandlingHistogramOnlyWhenExtensive(t *testing.T) {
 	}
 }
 
+// Alerts for etcd compare the size with the quota: they must come before a write is refused.
+func TestSizesAreNoLessThanWhatTheQuotaCounts(t *testing.T) {
+	f := newFakeStore()
+	f.stats = backend.Stats{DBSize: 100, DBSizeInUse: 50, LogicalBytes: 120, Quota: 200}
+	text := scrape(t, newTestServer(t, f, func(*Options) {}))
+	for _, want := range []string{"etcd_mvcc_db_total_size_in_bytes 120\n", "etcd_mvcc_db_total_size_in_use_in_bytes 120\n"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q", want)
+		}
+	}
+}
+
 func TestMetricsBeforeThereIsAServer(t *testing.T) {
 	m := NewMetrics(MetricsOptions{})
 	m.BatchCommitted(1, 1, 0, 0, 0)

@@ -43,10 +43,12 @@ func newStateCollector(m *Metrics) *stateCollector {
 		func(raft *ClusterStatus, _ *backend.Stats) float64 { return float64(raft.Applied) })
 	gauge("etcd_server_quota_backend_bytes", "Current backend storage quota size in bytes.",
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.Quota) })
+	// Alerts for etcd compare these with the quota, and with each other. The quota is about logical bytes, which may be more
+	// than the file has: no write may be refused for want of space before they have warned.
 	gauge("etcd_mvcc_db_total_size_in_bytes", "Total size of the underlying database physically allocated in bytes.",
-		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.DBSize) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(max(st.DBSize, st.LogicalBytes)) })
 	gauge("etcd_mvcc_db_total_size_in_use_in_bytes", "Total size of the underlying database logically in use in bytes.",
-		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.DBSizeInUse) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(max(st.DBSizeInUse, st.LogicalBytes)) })
 	gauge("etcd_mvcc_db_open_read_transactions", "The number of currently open read transactions.",
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.ReadTransactions) })
 	gauge("etcd_debugging_mvcc_keys_total", "Total number of keys.",
