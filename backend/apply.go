@@ -80,6 +80,9 @@ func (b *batch) applyCompaction(r *pb.CompactionRequest) (*pb.CompactionResponse
 	case r.Revision > b.st.rev:
 		return nil, ErrFutureRev
 	}
+	if r.Physical {
+		b.physical = &physicalCompaction{from: b.st.compact, to: r.Revision}
+	}
 	b.st.compact, b.reader.compact = r.Revision, r.Revision
 	b.compacted = true
 	return &pb.CompactionResponse{Header: b.header()}, nil

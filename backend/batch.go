@@ -68,7 +68,8 @@ type batch struct {
 	rows           []row
 	undo           []undoWrite
 	leases         leaseChanges
-	compacted      bool // the compaction revision moved
+	compacted      bool                // the compaction revision moved
+	physical       *physicalCompaction // the last one
 	alarms         alarmSet
 	alarmChanges   []alarmChange
 	tokens         []authToken

@@ -372,6 +372,9 @@ func (db *DB) show(b *batch) {
 			db.marks.add(b.rows[i].rev, b.rows[i].id)
 		}
 	}
+	if b.physical != nil {
+		db.keepForHash(*b.physical)
+	}
 	if moved || b.authChanged() {
 		db.publish()
 	}

@@ -145,6 +145,7 @@ func (db *DB) pause(d time.Duration) bool {
 func (db *DB) compactOnce() error {
 	start := time.Now()
 	target := db.current.Load().compact
+	db.remember()
 	if err := db.waitForReaders(target); err != nil {
 		return err
 	}

@@ -25,6 +25,7 @@ type DB struct {
 	leases  leaseTable
 	alarms  alarms
 	tokens  authTokens
+	hashes  hashMemory
 
 	queue         queue
 	committerDone chan struct{}

@@ -41,15 +41,23 @@ type KVHash struct {
 //	b: 3 put, 8 delete       -> up to 7: 3; from 8 on only the deletion
 //	c: 2 put, 5 delete       -> none: the deletion at exactly C does not count
 //
-// etcd also remembers the hashes that its last ten compactions have made of what they found, and for the revisions of
-// those answers with the hash and the compaction revision of that time, until it is restarted. quire answers as an
-// etcd that was just started: else every compaction would have to read the whole store.
+// For the revisions of the last ten compactions the answer is the hash, and the compaction revision, of just before them;
+// see hashMemory. After a restart, and for compactions whose client did not wait, it is as above, which is what a restarted
+// etcd answers.
 //
 // A revision that is not there yet is ErrFutureRev, a compacted one a *CompactedError. A negative one is the hash of no
 // rows, as in etcd.
 func (db *DB) HashKV(ctx context.Context, rev int64) (KVHash, error) {
 	v := db.View()
 	defer v.Release()
+	if h, ok := db.hashes.recall(rev); ok {
+		h.Head = v.rev
+		return h, nil
+	}
+	return db.hashKV(ctx, v, rev)
+}
+
+func (db *DB) hashKV(ctx context.Context, v *View, rev int64) (KVHash, error) {
 	switch {
 	case rev > v.rev:
 		return KVHash{}, ErrFutureRev

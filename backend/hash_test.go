@@ -589,3 +589,72 @@ func BenchmarkPostgresHashKV(b *testing.B) {
 		b.Fatal(err)
 	}
 }
+
+// TestHashOfACompactionIsRemembered: as in etcd, the hash up to the revision of a compaction is that of before, whatever the
+// compaction has removed; for the last ten whose client waited, until a restart.
+func TestHashOfACompactionIsRemembered(t *testing.T) {
+	path := testPath(t)
+	db, err := OpenSQLite(t.Context(), path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := func(rev int64) KVHash {
+		t.Helper()
+		h, err := db.HashKV(t.Context(), rev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Head = 0
+		return h
+	}
+	compact := func(rev int64, physical bool) {
+		t.Helper()
+		mustWrite(t, db, &pb.CompactionRequest{Revision: rev, Physical: physical})
+		mustDo(t, db.WaitCompacted(t.Context(), rev))
+	}
+	want := map[int64]KVHash{}
+	var revs []int64
+	for range rememberedHashes + 3 {
+		for i := range 6 {
+			mustPut(t, db, fmt.Sprint("k", i%2), "v")
+		}
+		mustWrite(t, db, &pb.DeleteRangeRequest{Key: []byte("k0")})
+		rev := db.Revision()
+		mustPut(t, db, "k1", "w")
+		want[rev] = hash(rev)
+		revs = append(revs, rev)
+		compact(rev, true)
+	}
+	for i, rev := range revs {
+		if i < 3 {
+			if _, err := db.HashKV(t.Context(), rev); !errors.Is(err, ErrCompacted) {
+				t.Errorf("compaction %d, too old to be remembered: %v", i, err)
+			}
+			continue
+		}
+		if got := hash(rev); got != want[rev] {
+			t.Errorf("compaction %d: %+v, want %+v", i, got, want[rev])
+		}
+	}
+	mustPut(t, db, "k0", "v")
+	mustPut(t, db, "k0", "w")
+	rev := db.Revision()
+	before := hash(rev)
+	compact(rev, false)
+	fresh := hash(rev)
+	if fresh == before {
+		t.Error("nobody waited for the compaction, and it was remembered")
+	}
+	last := revs[len(revs)-1]
+	mustDo(t, db.Close())
+	if db, err = OpenSQLite(t.Context(), path, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.HashKV(t.Context(), last); !errors.Is(err, ErrCompacted) {
+		t.Errorf("after a restart: %v", err)
+	}
+	if got := hash(rev); got != fresh {
+		t.Errorf("after a restart: %+v, want %+v", got, fresh)
+	}
+	closeAndCheck(t, db, path)
+}

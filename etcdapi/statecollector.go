@@ -48,7 +48,9 @@ func newStateCollector(m *Metrics) *stateCollector {
 	gauge("etcd_mvcc_db_total_size_in_bytes", "Total size of the underlying database physically allocated in bytes.",
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(max(st.DBSize, st.LogicalBytes)) })
 	gauge("etcd_mvcc_db_total_size_in_use_in_bytes", "Total size of the underlying database logically in use in bytes.",
-		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(max(st.DBSizeInUse, st.LogicalBytes)) })
+		func(_ *ClusterStatus, st *backend.Stats) float64 {
+			return float64(max(st.DBSizeInUse, st.LogicalBytes))
+		})
 	gauge("etcd_mvcc_db_open_read_transactions", "The number of currently open read transactions.",
 		func(_ *ClusterStatus, st *backend.Stats) float64 { return float64(st.ReadTransactions) })
 	gauge("etcd_debugging_mvcc_keys_total", "Total number of keys.",
