@@ -71,6 +71,13 @@ func (t *authTokens) keep(tokens []authToken) {
 	}
 }
 
+// forget ends all tokens here: whether auth was switched off in between is not known of a state that was not reached by Commands.
+func (t *authTokens) forget() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	clear(t.byHash)
+}
+
 // find returns a token, and prolongs it.
 func (t *authTokens) find(hash string) (authToken, bool) {
 	t.mu.Lock()

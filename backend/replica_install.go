@@ -125,6 +125,7 @@ func (db *DB) adopt(fresh *DB, log *sqliteLog) {
 	db.marks.replace(&fresh.marks)
 	db.leases.replace(&fresh.leases)
 	db.alarms.set(fresh.alarms.current())
+	db.tokens.forget()
 	db.storeCounters()
 	// Not publish: what is retired from now on is nothing that the Views so far could reach.
 	db.current.Store(db.newView())
