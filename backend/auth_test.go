@@ -194,9 +194,16 @@ func TestPermissionIsCheckedInTheCommit(t *testing.T) {
 		return nil
 	})
 	mustDo(t, ann(putReq("k", "v"))) // it was rolled back
-	// What quire does by itself asks nobody.
-	if _, err := db.Write(t.Context(), Command{Request: &pb.CompactionRequest{Revision: 2}}); err != nil {
-		t.Error(err)
+	// What quire does by itself asks nobody. A client whom a process let through that has not heard that auth is on is not quire.
+	for _, req := range []proto.Message{
+		&pb.CompactionRequest{Revision: 2}, &pb.AlarmRequest{Action: pb.AlarmRequest_ACTIVATE, Alarm: pb.AlarmType_CORRUPT},
+	} {
+		if _, err := db.Write(t.Context(), Command{Request: req}); !errors.Is(err, ErrUserEmpty) {
+			t.Errorf("%T by nobody: %v", req, err)
+		}
+		if _, err := db.Write(t.Context(), Command{Request: req, AuthRevision: ByItself}); err != nil {
+			t.Errorf("%T by quire: %v", req, err)
+		}
 	}
 }
 

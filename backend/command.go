@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"math"
 	"os"
 	"time"
 
@@ -20,9 +21,12 @@ type Command struct {
 	// Author is who asks: the authenticated user, else the common name of the client's certificate,
 	// else empty. It is kept with every row.
 	Author string
-	// AuthRevision is that of a Caller whose Name is Author; 0: nobody was authenticated.
+	// AuthRevision is that of a Caller whose Name is Author; 0: nobody was authenticated. See ByItself.
 	AuthRevision uint64
 }
+
+// ByItself is the AuthRevision of what quire does by itself, and not for a client: nobody has to allow it.
+const ByItself = math.MaxUint64
 
 // expireLeases is the Command of the lease loop: revoke what is due at the time of the batch. That
 // apply decides, and not the loop, is what makes a keepalive that came first win.

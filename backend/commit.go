@@ -85,6 +85,9 @@ func (q *queue) putDown() {
 // In a replica a batch goes through the log, and Commands that are under way at the same time have no order. Errors of the
 // log are etcd's (rpctypes); the request must not be changed even after Write has returned one.
 func (db *DB) Write(ctx context.Context, cmd Command) (proto.Message, error) {
+	if cmd.AuthRevision == ByItself && !db.Auth().Enabled() {
+		cmd.AuthRevision = 0 // members of a cluster that do not know auth must understand it
+	}
 	if g, ok := cmd.Request.(*pb.LeaseGrantRequest); ok && (g.ID == 0 || g.TTL < db.opts.MinLeaseTTL) {
 		raised := &pb.LeaseGrantRequest{ID: g.ID, TTL: max(g.TTL, db.opts.MinLeaseTTL)}
 		if g.ID == 0 {

@@ -180,7 +180,7 @@ func etcdSnapshots(t *testing.T, rnd *rand.Rand, db *DB) {
 		&pb.AuthEnableRequest{},
 		&pb.AlarmRequest{Action: pb.AlarmRequest_ACTIVATE, MemberID: 0xdead00000000beef, Alarm: pb.AlarmType_CORRUPT},
 	} {
-		mustWrite(t, db, req)
+		mustAuth(t, db, req)
 	}
 	_, all = takeEtcdSnapshot(t, db)
 	encoded := func(m proto.Message) string {

@@ -35,3 +35,29 @@ func TestReplicaForgetsTokensWithAnInstall(t *testing.T) {
 		}
 	}
 }
+
+// As long as auth was never on, a member that does not know auth understands what the others write: they can be replaced
+// one after the other.
+func TestReplicaWritesNoAuthRevisionWithoutAuth(t *testing.T) {
+	c := newCluster(t, Options{})
+	c.lead(0)
+	db := c.members[0].db
+	compact := Command{Request: &pb.CompactionRequest{Revision: 2}, AuthRevision: ByItself}
+	mustPut(t, db, "k", "v")
+	mustPut(t, db, "k", "v")
+	if _, err := db.Write(t.Context(), compact); err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	kind := c.log[len(c.log)-1].Proposals[0].Payload[1]
+	c.mu.Unlock()
+	if kind != kindCompact {
+		t.Errorf("kind %#x, want %#x", kind, kindCompact)
+	}
+	makeAuth(t, db)
+	mustAuth(t, db, &pb.AuthEnableRequest{})
+	compact.Request = &pb.CompactionRequest{Revision: 3}
+	if _, err := db.Write(t.Context(), compact); err != nil {
+		t.Errorf("with auth: %v", err)
+	}
+}

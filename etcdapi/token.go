@@ -104,6 +104,9 @@ type jwtKeys struct {
 	ttl     time.Duration
 }
 
+// maxClaimedRevision is the last of the whole numbers that a float64 can tell apart. It is no backend.ByItself.
+const maxClaimedRevision = 1 << 53
+
 // jwtClaims are etcd's.
 type jwtClaims struct {
 	Username *string  `json:"username"`
@@ -131,5 +134,5 @@ func (k *jwtKeys) caller(token string) (backend.Caller, error) {
 	if claims.Username == nil || claims.Revision == nil {
 		return backend.Caller{}, errors.New("the token does not name a user and a revision")
 	}
-	return backend.Caller{Name: *claims.Username, Revision: uint64(max(*claims.Revision, 0))}, nil
+	return backend.Caller{Name: *claims.Username, Revision: uint64(min(max(*claims.Revision, 0), maxClaimedRevision))}, nil
 }

@@ -335,7 +335,7 @@ func (c *comparer) judge(ctx context.Context, after, upTo int64, present []uint6
 	c.differs(*d)
 	for _, id := range d.Corrupt {
 		alarm := &pb.AlarmRequest{MemberID: id, Action: pb.AlarmRequest_ACTIVATE, Alarm: pb.AlarmType_CORRUPT}
-		if _, err := c.history.Write(ctx, backend.Command{Request: alarm}); err != nil {
+		if _, err := c.history.Write(ctx, backend.Command{Request: alarm, AuthRevision: backend.ByItself}); err != nil {
 			return after, fmt.Errorf("sqlraft: raising the alarm CORRUPT for member %x: %w", id, err)
 		}
 	}

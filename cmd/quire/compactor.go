@@ -79,7 +79,7 @@ func compactorOf(lg *zap.Logger, db *backend.DB, leads func() bool) *compactor {
 		leads:    leads,
 		revision: db.Revision,
 		compact: func(ctx context.Context, rev int64) error {
-			_, err := db.Write(ctx, backend.Command{Request: &pb.CompactionRequest{Revision: rev}})
+			_, err := db.Write(ctx, backend.Command{Request: &pb.CompactionRequest{Revision: rev}, AuthRevision: backend.ByItself})
 			return err
 		},
 	}
