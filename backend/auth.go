@@ -104,18 +104,14 @@ func (a *Auth) with(users map[string]*authpb.User, roles map[string]*authpb.Role
 	}
 	next.users = maps.Clone(a.users)
 	for name, u := range users {
-		if u == nil {
+		if next.users[name] = (&authUser{User: u}); u == nil {
 			delete(next.users, name)
-		} else {
-			next.users[name] = next.merged(u)
 		}
 	}
 	for name, u := range next.users {
-		for _, r := range u.Roles {
-			if _, changed := roles[r]; changed {
-				next.users[name] = next.merged(u.User)
-				break
-			}
+		_, changed := users[name]
+		if changed || slices.ContainsFunc(u.Roles, func(r string) bool { _, changed := roles[r]; return changed }) {
+			next.users[name] = next.merged(u.User)
 		}
 	}
 	return next

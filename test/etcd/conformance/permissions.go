@@ -101,6 +101,7 @@ func (x *exam) tryKeepAlive(ctx context.Context, id int64) error {
 }
 
 var permissionCases = []testCase{
+	// CVE-2026-33413: leases, members, alarms and compactions were for everybody.
 	{name: "who says nothing may read and write nothing", options: cheap, run: func(x *exam) {
 		x.put("k", "v")
 		x.enable()
@@ -204,7 +205,7 @@ var permissionCases = []testCase{
 		x.denied("a serializable read by a writer", err)
 	}},
 
-	// CVE-2026-33413 and its kin: what a Put or a delete hands back is reading.
+	// CVE-2026-44283: what a Put or a delete hands back is reading, in a Txn too.
 	{name: "the previous value is for readers only", options: cheap, run: func(x *exam) {
 		x.put("k", "secret")
 		root := x.enable()
@@ -219,6 +220,7 @@ var permissionCases = []testCase{
 		x.allowed("without", x.tryPut(w, &pb.PutRequest{Key: []byte("k")}))
 	}},
 
+	// CVE-2026-33343: what a Txn in a Txn did was not asked about.
 	{name: "a Txn is allowed when all of it is, whichever branch is taken, however deep", options: cheap, run: func(x *exam) {
 		x.put("secret", "s")
 		root := x.enable()
@@ -348,6 +350,7 @@ var permissionCases = []testCase{
 		equal(x, "a token of nobody", x.tryWatch(x.as("nobody.1"), "k", ""), rpctypes.ErrGRPCInvalidAuthToken.Error())
 	}},
 
+	// CVE-2026-44283: a Put in a Txn attached to any lease. CVE-2023-32082: LeaseTimeToLive showed all keys.
 	{name: "a lease is for those who may write all of its keys", options: cheap, run: func(x *exam) {
 		root := x.enable()
 		u := x.user(root, "u", perm(readWrite, "u", ""))
@@ -359,6 +362,9 @@ var permissionCases = []testCase{
 		x.allowed("attaching", x.tryPut(u, &pb.PutRequest{Key: []byte("u"), Lease: 7}))
 		x.denied("attaching to a lease with another's key", x.tryPut(o, &pb.PutRequest{Key: []byte("o"), Lease: 7}))
 		x.denied("the same in a Txn", x.tryTxn(o, &pb.TxnRequest{Success: []*pb.RequestOp{putRequestOp(&pb.PutRequest{Key: []byte("o"), Lease: 7})}}))
+		x.denied("the same in a Txn in a Txn", x.tryTxn(o, &pb.TxnRequest{Success: []*pb.RequestOp{
+			txnOp(&pb.TxnRequest{Failure: []*pb.RequestOp{putRequestOp(&pb.PutRequest{Key: []byte("o"), Lease: 7})}}),
+		}}))
 		_, err := x.Lease.LeaseRevoke(o, &pb.LeaseRevokeRequest{ID: 7})
 		x.denied("revoking it", err)
 		x.denied("prolonging it", x.tryKeepAlive(o, 7))
