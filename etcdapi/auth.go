@@ -3,6 +3,7 @@ package etcdapi
 import (
 	"context"
 	"encoding/base64"
+	"runtime"
 
 	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -17,6 +18,13 @@ import (
 type authServer struct {
 	s                   *Server
 	pb.UnsafeAuthServer // a new method of the service must break the build
+	// hashing has room for as many passwords as are hashed at once. That takes tens of milliseconds each, and whoever can
+	// connect may ask for it: a CPU is left for the rest.
+	hashing chan struct{}
+}
+
+func newAuthServer(s *Server) *authServer {
+	return &authServer{s: s, hashing: make(chan struct{}, max(runtime.GOMAXPROCS(0)-1, 1))}
 }
 
 // DefaultBcryptCost is etcd's: a password takes so long to check that few can be tried.
@@ -57,7 +65,7 @@ func (a *authServer) Authenticate(ctx context.Context, req *pb.AuthenticateReque
 	}
 	for {
 		auth := a.s.opts.Backend.Auth()
-		if err := checkPassword(auth, req.Name, req.Password); err != nil {
+		if err := a.checkPassword(ctx, auth, req.Name, req.Password); err != nil {
 			return nil, toStatus(err)
 		}
 		token, header, err := a.s.opts.Tokens.give(ctx, a.s, req.Name, auth)
@@ -71,37 +79,56 @@ func (a *authServer) Authenticate(ctx context.Context, req *pb.AuthenticateReque
 	}
 }
 
-// checkPassword compares a password with the hash of the user's, which takes its time.
-func checkPassword(auth *backend.Auth, name, password string) error {
-	if !auth.Enabled() {
-		return backend.ErrAuthNotEnabled
-	}
+// checkPassword compares a password with the hash of the user's.
+func (a *authServer) checkPassword(ctx context.Context, auth *backend.Auth, name, password string) (err error) {
 	u := auth.User(name)
 	switch {
+	case !auth.Enabled():
+		return backend.ErrAuthNotEnabled
 	case u == nil:
-		return backend.ErrAuthFailed
+		err = backend.ErrAuthFailed
 	case u.Options.GetNoPassword():
-		return backend.ErrNoPasswordUser
-	case bcrypt.CompareHashAndPassword(u.Password, []byte(password)) != nil:
-		return backend.ErrAuthFailed
+		err = backend.ErrNoPasswordUser
+	default:
+		err = a.inTurn(ctx, func() error {
+			if bcrypt.CompareHashAndPassword(u.Password, []byte(password)) != nil {
+				return backend.ErrAuthFailed
+			}
+			return nil
+		})
 	}
-	return nil
+	if f := a.s.opts.Hooks.AuthFailed; f != nil && err != nil && ctx.Err() == nil {
+		f(cutOff(name), err)
+	}
+	return err
 }
 
 // hash is what is kept of a password.
-func (a *authServer) hash(password string) (string, error) {
-	hash, err := bcrypt.GenerateFromPassword([]byte(password), a.s.opts.BcryptCost)
-	if err != nil {
-		return "", toStatus(err)
+func (a *authServer) hash(ctx context.Context, password string) (text string, err error) {
+	err = a.inTurn(ctx, func() error {
+		hash, err := bcrypt.GenerateFromPassword([]byte(password), a.s.opts.BcryptCost)
+		text = base64.StdEncoding.EncodeToString(hash)
+		return err
+	})
+	return text, toStatus(err)
+}
+
+// inTurn does what takes long.
+func (a *authServer) inTurn(ctx context.Context, work func() error) error {
+	select {
+	case a.hashing <- struct{}{}:
+		defer func() { <-a.hashing }()
+		return work()
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	return base64.StdEncoding.EncodeToString(hash), nil
 }
 
 func (a *authServer) UserAdd(ctx context.Context, req *pb.AuthUserAddRequest) (*pb.AuthUserAddResponse, error) {
 	kept := &pb.AuthUserAddRequest{Name: req.Name, Options: req.Options}
 	if !req.Options.GetNoPassword() {
 		var err error
-		if kept.HashedPassword, err = a.hash(req.Password); err != nil {
+		if kept.HashedPassword, err = a.hash(ctx, req.Password); err != nil {
 			return nil, err
 		}
 	}
@@ -117,7 +144,7 @@ func (a *authServer) UserChangePassword(ctx context.Context, req *pb.AuthUserCha
 	kept := &pb.AuthUserChangePasswordRequest{Name: req.Name, HashedPassword: req.HashedPassword}
 	if req.Password != "" {
 		var err error
-		if kept.HashedPassword, err = a.hash(req.Password); err != nil {
+		if kept.HashedPassword, err = a.hash(ctx, req.Password); err != nil {
 			return nil, err
 		}
 	}

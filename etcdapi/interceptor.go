@@ -103,14 +103,18 @@ func loggable(req any) string {
 		*pb.LeaseGrantRequest, *pb.LeaseRevokeRequest, *pb.LeaseTimeToLiveRequest:
 		text = fmt.Sprint(r)
 	}
-	if len(text) > summaryBytes {
-		text = strings.ToValidUTF8(text[:summaryBytes], "") + "…"
-	}
-	return text
+	return cutOff(text)
 }
 
 // summaryBytes bounds a summary: a Txn may name hundreds of keys.
 const summaryBytes = 1 << 10
+
+func cutOff(text string) string {
+	if len(text) > summaryBytes {
+		return strings.ToValidUTF8(text[:summaryBytes], "") + "…"
+	}
+	return text
+}
 
 // SlowRequest is a unary request that took longer than Options.SlowRequestAfter, as etcd describes it.
 type SlowRequest struct {

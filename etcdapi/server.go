@@ -133,6 +133,9 @@ type Hooks struct {
 	SnapshotSent func(size int64, took time.Duration, err error)
 	// Defragment is called when a defragmentation that a client asked for begins, and when it has ended.
 	Defragment func(ended bool, err error)
+	// AuthFailed is called when somebody has asked for a token with a user and a password that do not fit. The name, which
+	// may be anything, is cut off.
+	AuthFailed func(user string, err error)
 }
 
 // Options configure a Server. Backend, View and Watcher must be set.
@@ -291,7 +294,7 @@ func (s *Server) RegisterGRPC(g *grpc.Server) {
 	pb.RegisterLeaseServer(g, &leaseServer{s: s})
 	pb.RegisterClusterServer(g, &clusterServer{s: s})
 	pb.RegisterMaintenanceServer(g, &maintenanceServer{s: s})
-	pb.RegisterAuthServer(g, &authServer{s: s})
+	pb.RegisterAuthServer(g, newAuthServer(s))
 	v3lockpb.RegisterLockServer(g, &lockServer{s: s})
 	v3electionpb.RegisterElectionServer(g, &electionServer{s: s})
 	healthpb.RegisterHealthServer(g, s.health)

@@ -34,3 +34,10 @@ func bcryptCost(c *config, lg *zap.Logger) int {
 		zap.Int("default-cost", bcrypt.DefaultCost), zap.Uint("given-cost", c.BcryptCost))
 	return bcrypt.DefaultCost
 }
+
+// logAuthFailed logs passwords that did not fit, with etcd's message. Who tries many is to be seen.
+func logAuthFailed(lg *zap.Logger) func(user string, err error) {
+	return func(user string, err error) {
+		lg.Warn("invalid authentication was requested", zap.String("user", user), zap.Error(err))
+	}
+}

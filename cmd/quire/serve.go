@@ -158,7 +158,7 @@ func serve(ctx context.Context, c *config, lg *zap.Logger, env []string) (err er
 		Keepalive: etcdapi.Keepalive{
 			MinTime: c.GRPCKeepAliveMinTime, Interval: c.GRPCKeepAliveInterval, Timeout: c.GRPCKeepAliveTimeout,
 		},
-		Hooks: etcdapi.Hooks{SlowRequest: slowRequest(lg), SnapshotSent: logSnapshot(lg), Defragment: logDefragment(lg)},
+		Hooks: etcdapi.Hooks{SlowRequest: slowRequest(lg), SnapshotSent: logSnapshot(lg), Defragment: logDefragment(lg), AuthFailed: logAuthFailed(lg)},
 	})
 	defer api.Close()
 	watch.api.Store(api)

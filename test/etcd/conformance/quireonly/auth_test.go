@@ -155,6 +155,9 @@ func TestPasswordsAndTokensAreKeptAsHashesOnly(t *testing.T) {
 	if !strings.Contains(log, "request stats") {
 		t.Error("nothing was logged of the requests")
 	}
+	if n := strings.Count(log, "invalid authentication was requested"); n != 1 {
+		t.Errorf("a wrong password was logged %d times, want once", n)
+	}
 	for _, secret := range append(secrets, "the-value-of-a") {
 		if strings.Contains(log, secret) {
 			t.Errorf("the log has %q", secret)
