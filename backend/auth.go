@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"sync"
 
 	"go.etcd.io/etcd/api/v3/authpb"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -40,11 +41,12 @@ const (
 // firstAuthRevision is that of a store in which auth was never changed, as in etcd.
 const firstAuthRevision = 1
 
-// authUser is a user with what all of their roles allow.
+// authUser is a user with what all of their roles allow: that is put together when it is first asked for, as a role may have
+// thousands of users.
 type authUser struct {
 	*authpb.User
-	root        bool
-	read, write spans
+	root   bool
+	rights func() (read, write spans)
 }
 
 func newAuth() *Auth {
@@ -111,29 +113,30 @@ func (a *Auth) with(users map[string]*authpb.User, roles map[string]*authpb.Role
 	for name, u := range next.users {
 		_, changed := users[name]
 		if changed || slices.ContainsFunc(u.Roles, func(r string) bool { _, changed := roles[r]; return changed }) {
-			next.users[name] = next.merged(u.User)
+			next.users[name] = next.withRights(u.User)
 		}
 	}
 	return next
 }
 
-// merged puts together what the roles of a user allow.
-func (a *Auth) merged(u *authpb.User) *authUser {
-	m := &authUser{User: u}
+// withRights returns a user with what their roles allow.
+func (a *Auth) withRights(u *authpb.User) *authUser {
+	var perms [][]*authpb.Permission
 	for _, name := range u.Roles {
-		m.root = m.root || name == RootRole
-		for _, p := range a.roles[name].GetKeyPermission() {
+		perms = append(perms, a.roles[name].GetKeyPermission())
+	}
+	return &authUser{User: u, root: slices.Contains(u.Roles, RootRole), rights: sync.OnceValues(func() (read, write spans) {
+		for _, p := range slices.Concat(perms...) {
 			s := spanOf(p.Key, p.RangeEnd)
 			if p.PermType == authpb.Permission_READ || p.PermType == authpb.Permission_READWRITE {
-				m.read = append(m.read, s)
+				read = append(read, s)
 			}
 			if p.PermType == authpb.Permission_WRITE || p.PermType == authpb.Permission_READWRITE {
-				m.write = append(m.write, s)
+				write = append(write, s)
 			}
 		}
-	}
-	m.read, m.write = m.read.merged(), m.write.merged()
-	return m
+		return read.merged(), write.merged()
+	})}
 }
 
 // CheckKnown refuses who is nobody.
@@ -162,8 +165,8 @@ func (a *Auth) CheckAdmin(who Caller) error {
 	return nil
 }
 
-// check allows what spans of the user covers the keys from key to end.
-func (a *Auth) check(who Caller, key, end []byte, allowed func(*authUser) spans) error {
+// check allows a range of keys of which the caller may read, or write, all.
+func (a *Auth) check(who Caller, key, end []byte, write bool) error {
 	switch {
 	case !a.enabled:
 		return nil
@@ -173,7 +176,17 @@ func (a *Auth) check(who Caller, key, end []byte, allowed func(*authUser) spans)
 		return ErrAuthOldRevision
 	}
 	u := a.users[who.Name]
-	if u == nil || !u.root && !allowed(u).cover(spanOf(key, end)) {
+	switch {
+	case u == nil:
+		return ErrPermissionDenied
+	case u.root:
+		return nil
+	}
+	allowed, writable := u.rights()
+	if write {
+		allowed = writable
+	}
+	if !allowed.cover(spanOf(key, end)) {
 		return ErrPermissionDenied
 	}
 	return nil
@@ -181,11 +194,11 @@ func (a *Auth) check(who Caller, key, end []byte, allowed func(*authUser) spans)
 
 // CheckRead allows to read the keys of a range, which is one key where end is empty.
 func (a *Auth) CheckRead(who Caller, key, end []byte) error {
-	return a.check(who, key, end, func(u *authUser) spans { return u.read })
+	return a.check(who, key, end, false)
 }
 
 func (a *Auth) checkWrite(who Caller, key, end []byte) error {
-	return a.check(who, key, end, func(u *authUser) spans { return u.write })
+	return a.check(who, key, end, true)
 }
 
 // leaseKeys calls each with the keys of a lease until that returns an error, and returns that.
