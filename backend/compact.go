@@ -212,27 +212,43 @@ func (db *DB) removeGarbage(int64) (rows int64, err error) {
 // grows with the number of free pages (SQLite looks for it in the list of them), so the steps are made as short as it takes.
 func (db *DB) vacuum() error {
 	rest := resting{db: db}
-	n := vacuumPages
+	pages := vacuumPace()
 	for done := false; !done && len(db.compactor.kick) == 0; {
+		var worked time.Duration
 		took, err := db.step(func() error {
 			var err error
-			done, err = db.log.vacuum(n)
+			worked, done, err = db.log.vacuum(pages.n)
 			return err
 		})
 		if err != nil {
 			return err
 		}
-		switch {
-		case took > vacuumStep:
-			n = max(n/2, 1)
-		case took < vacuumStep/2:
-			n = min(2*n, vacuumPages)
-		}
+		pages.after(worked)
 		if !done && !rest.after(took) {
 			return db.ctx.Err()
 		}
 	}
 	return nil
+}
+
+// pace is how much one step of background work does: as much as takes about its goal.
+type pace struct {
+	n, most int
+	goal    time.Duration
+}
+
+// vacuumPace is in pages.
+func vacuumPace() pace { return pace{vacuumPages, vacuumPages, vacuumStep} }
+
+// after a step that worked so long. What a disk takes to sync the step is not for this to know: it is the same for a small
+// one, and a slow disk would make the steps ever smaller and the whole ever longer.
+func (p *pace) after(worked time.Duration) {
+	switch {
+	case worked > p.goal:
+		p.n = max(p.n/2, 1)
+	case worked < p.goal/2:
+		p.n = min(2*p.n, p.most)
+	}
 }
 
 // resting leaves time to others between the steps of background work, whatever the disk: half of it while there are

@@ -34,19 +34,23 @@ func (db *DB) Defragment(ctx context.Context) error {
 	if db.shared != nil {
 		return db.shared.vacuumTables(ctx)
 	}
-	if err := db.repack(ctx); err != nil {
+	var file uint64
+	if _, err := db.step(func() error { file = db.st.file; return nil }); err != nil {
 		return err
 	}
-	return db.giveBack(ctx)
+	if err := db.repack(ctx, file); err != nil {
+		return err
+	}
+	return db.giveBack(ctx, file)
 }
 
 // fileStep is a step on the file of that number, and rests after it. It is not the same any more where a copy of another
 // member's has taken its place: then nothing is done.
-func (db *DB) fileStep(ctx context.Context, file uint64, rest *resting, f func(l *sqliteLog) error) (took time.Duration, same bool, err error) {
+func (db *DB) fileStep(ctx context.Context, file uint64, rest *resting, f func(l *sqliteLog) error) (same bool, err error) {
 	if err := ctx.Err(); err != nil {
-		return 0, false, err
+		return false, err
 	}
-	took, err = db.step(func() error {
+	took, err := db.step(func() error {
 		if same = file == db.st.file; !same {
 			return nil
 		}
@@ -58,65 +62,43 @@ func (db *DB) fileStep(ctx context.Context, file uint64, rest *resting, f func(l
 	if err == nil && same && !rest.after(took) {
 		err = ErrClosed
 	}
-	return took, same, err
+	return same, err
 }
 
-func (db *DB) fileNumber() (file uint64, err error) {
-	_, err = db.step(func() error { file = db.st.file; return nil })
-	return file, err
-}
-
-// repack writes all rows anew.
-func (db *DB) repack(ctx context.Context) error {
-	file, err := db.fileNumber()
-	if err != nil {
-		return err
-	}
-	rest, rows := resting{db: db}, repackRows
-	for last, done := int64(0), false; !done; {
-		took, same, err := db.fileStep(ctx, file, &rest, func(l *sqliteLog) (err error) {
-			last, done, err = l.repackRows(last, rows)
+// steps takes steps on the file of that number until one is the last.
+func (db *DB) steps(ctx context.Context, file uint64, size pace, f func(l *sqliteLog, n int) (worked time.Duration, done bool, err error)) error {
+	rest := resting{db: db}
+	for done := false; !done; {
+		var worked time.Duration
+		same, err := db.fileStep(ctx, file, &rest, func(l *sqliteLog) (err error) {
+			worked, done, err = f(l, size.n)
 			return err
 		})
-		switch {
-		case err != nil:
+		if err != nil || !same {
 			return err
-		case !same:
-			return nil
-		case took > repackStep:
-			rows = max(rows/2, 1)
-		case took < repackStep/2:
-			rows = min(2*rows, repackRowsMax)
 		}
+		size.after(worked)
 	}
 	return nil
 }
 
+// repack writes all rows anew.
+func (db *DB) repack(ctx context.Context, file uint64) error {
+	last := int64(0)
+	return db.steps(ctx, file, pace{repackRows, repackRowsMax, repackStep}, func(l *sqliteLog, n int) (worked time.Duration, done bool, err error) {
+		last, done, err = l.repackRows(last, n)
+		return l.worked, done, err
+	})
+}
+
 // giveBack gives all free pages back.
-func (db *DB) giveBack(ctx context.Context) error {
-	file, err := db.fileNumber()
+func (db *DB) giveBack(ctx context.Context, file uint64) error {
+	err := db.steps(ctx, file, vacuumPace(), func(l *sqliteLog, n int) (time.Duration, bool, error) { return l.vacuumTo(0, n) })
 	if err != nil {
 		return err
 	}
-	rest, n := resting{db: db}, vacuumPages
-	for done := false; !done; {
-		took, same, err := db.fileStep(ctx, file, &rest, func(l *sqliteLog) (err error) {
-			done, err = l.vacuumTo(0, n)
-			return err
-		})
-		switch {
-		case err != nil:
-			return err
-		case !same:
-			return nil
-		case took > vacuumStep:
-			n = max(n/2, 1)
-		case took < vacuumStep/2:
-			n = min(2*n, vacuumPages)
-		}
-	}
 	// The file itself becomes shorter when the WAL is copied into it.
-	_, _, err = db.fileStep(ctx, file, &rest, func(l *sqliteLog) error {
+	_, err = db.fileStep(ctx, file, &resting{db: db}, func(l *sqliteLog) error {
 		if db.replica != nil {
 			return db.settle()
 		}
@@ -131,11 +113,12 @@ func (db *DB) giveBack(ctx context.Context) error {
 
 // repackRows writes up to n rows after an id anew, and returns the id of the last of them.
 func (l *sqliteLog) repackRows(after int64, n int) (last int64, done bool, err error) {
-	last, done, err = l.repackRun(after, n)
-	if err != nil || last == after {
-		return last, done, err
-	}
-	err = l.transaction(func() error {
+	last = after
+	err = l.transaction(func() (err error) {
+		last, done, err = l.repackRun(after, n)
+		if err != nil || last == after {
+			return err
+		}
 		for _, run := range []struct {
 			sql  string
 			args []int64

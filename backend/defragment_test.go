@@ -13,6 +13,8 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"modernc.org/libc"
+	sqlite3 "modernc.org/sqlite/lib"
 )
 
 // sparse fills a store so that compaction leaves a little of every page.
@@ -123,6 +125,34 @@ func TestDefragmentDuringWrites(t *testing.T) {
 	}
 	settled(t, db)
 	mustGoOn(t, db)
+}
+
+// TestDefragmentOnASlowDisk: a disk that takes long to sync does not make the steps ever smaller, and so the whole endless.
+func TestDefragmentOnASlowDisk(t *testing.T) {
+	db := openTest(t, testPath(t), Options{})
+	sparse(t, seed(t), db)
+	commits := 0
+	slow := func(*libc.TLS, uintptr) int32 {
+		commits++
+		time.Sleep(2 * repackStep)
+		return 0
+	}
+	alone(t, db, func() error {
+		w := sqliteOf(db).w
+		sqlite3.Xsqlite3_commit_hook(w.tls, w.db, cFunction(slow), 0)
+		return nil
+	})
+	stats := db.Stats()
+	mustDo(t, db.Defragment(t.Context()))
+	alone(t, db, func() error {
+		w := sqliteOf(db).w
+		sqlite3.Xsqlite3_commit_hook(w.tls, w.db, 0, 0)
+		return nil
+	})
+	// The race detector alone makes them four rows small.
+	if rows := int(stats.Keys); commits < 5 || commits > rows/2 {
+		t.Errorf("%d commits for %d rows", commits, rows)
+	}
 }
 
 // TestDefragmentEndsWithItsContext, and what it has done remains.

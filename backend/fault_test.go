@@ -489,7 +489,7 @@ func TestVacuumFails(t *testing.T) {
 			s = watch(t, sqliteOf(db).w)
 			defer s.unwatch()
 			s.pragmas, s.failAt = true, n
-			if _, err := db.log.vacuum(vacuumPages); (err != nil) != (s.failed != "") {
+			if _, _, err := db.log.vacuum(vacuumPages); (err != nil) != (s.failed != "") {
 				t.Errorf("statement %d, %q: %v", n, s.failed, err)
 			}
 			return nil
@@ -505,7 +505,7 @@ func TestVacuumFails(t *testing.T) {
 	}
 	f := failWrites(t, &writeFault{at: 1, all: true, errno: syscall.ENOSPC})
 	alone(t, db, func() error {
-		if _, err := db.log.vacuum(vacuumPages); err == nil || !f.hit() {
+		if _, _, err := db.log.vacuum(vacuumPages); err == nil || !f.hit() {
 			t.Errorf("a vacuum on a full disk: %v", err)
 		}
 		return nil

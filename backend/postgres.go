@@ -612,7 +612,7 @@ func (p *pgLog) endTransaction(c *pgconn.PgConn) error {
 // resume: a batch that failed has left nothing behind, or will be read with what others have written.
 func (p *pgLog) resume(*state) error { return p.release() }
 
-func (p *pgLog) vacuum(int) (bool, error) { return true, nil } // autovacuum does it
+func (p *pgLog) vacuum(int) (time.Duration, bool, error) { return 0, true, nil } // autovacuum does it
 
 // deleteRows is not used: see sweep.
 func (p *pgLog) deleteRows([]int64) error { return errors.New("rows of Postgres are deleted by sweep") }

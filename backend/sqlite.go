@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
@@ -24,6 +25,7 @@ type sqliteLog struct {
 	replicated bool            // it is a replica's
 	damaged    func(err error) // is told of errors of reading that show damage; nil: nobody is
 	wal        walState
+	worked     time.Duration         // of the last transaction, without its COMMIT: what grows with how much it does
 	copies     map[*copying]struct{} // of the file, which are being made
 
 	pages, freePages atomic.Int64
@@ -59,7 +61,9 @@ func (l *sqliteLog) transaction(f func() error) error {
 	if err := l.begin.run(); err != nil {
 		return err
 	}
+	start := time.Now()
 	err := f()
+	l.worked = time.Since(start)
 	if err == nil {
 		if err = l.commit.run(); err == nil {
 			return nil
@@ -194,27 +198,27 @@ func (l *sqliteLog) deleteRows(ids []int64) error {
 	})
 }
 
-func (l *sqliteLog) vacuum(n int) (done bool, err error) {
+func (l *sqliteLog) vacuum(n int) (worked time.Duration, done bool, err error) {
 	return l.vacuumTo(max(keepFreePages, l.pages.Load()*keepFreePercent/100), n)
 }
 
 // vacuumTo gives up to n free pages back, as long as there are more than the given number.
-func (l *sqliteLog) vacuumTo(keep int64, n int) (done bool, err error) {
+func (l *sqliteLog) vacuumTo(keep int64, n int) (worked time.Duration, done bool, err error) {
 	if err := l.measure(); err != nil {
-		return false, err
+		return 0, false, err
 	}
 	free := l.freePages.Load()
 	if free <= keep {
-		return true, nil
+		return 0, true, nil
 	}
-	if err := l.w.exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", n)); err != nil {
-		return false, err
-	}
-	if err := l.measure(); err != nil {
-		return false, err
-	}
+	err = l.transaction(func() error {
+		if err := l.w.exec(fmt.Sprintf("PRAGMA incremental_vacuum(%d)", n)); err != nil {
+			return err
+		}
+		return l.measure()
+	})
 	// A file that was made without auto_vacuum keeps its pages; they are still reused.
-	return l.freePages.Load() >= free, nil
+	return l.worked, l.freePages.Load() >= free, err
 }
 
 func (l *sqliteLog) size() (total, inUse int64) {

@@ -2,6 +2,7 @@ package backend
 
 import (
 	"context"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
@@ -28,8 +29,9 @@ type storage interface {
 	scan(ctx context.Context, start, from int64, each func(w *storedRow) (more bool)) error
 	// deleteRows deletes rows that nothing refers to any more.
 	deleteRows(ids []int64) error
-	// vacuum gives up to n free pages back; done says that few enough are left.
-	vacuum(n int) (done bool, err error)
+	// vacuum gives up to n free pages back; done says that few enough are left, worked what it took but for
+	// the sync.
+	vacuum(n int) (worked time.Duration, done bool, err error)
 	explain(err error) error
 	// size is the bytes that the store takes, and how many of them are in use.
 	size() (total, inUse int64)
