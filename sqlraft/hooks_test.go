@@ -54,3 +54,35 @@ func TestHooksTellOfTheLogAndOfCopies(t *testing.T) {
 		t.Errorf("member %x fetched from %x; served was %x", away.id, from.Load(), to.Load())
 	}
 }
+
+// slowFile takes long to write and not to sync.
+type slowFile struct{ diskFile }
+
+func (f slowFile) write(p []byte, offset int64) error {
+	time.Sleep(5 * time.Millisecond)
+	return f.diskFile.write(p, offset)
+}
+
+// TestHooksTellSyncsFromWrites: what was written without a sync before is no part of the time that a sync took.
+func TestHooksTellSyncsFromWrites(t *testing.T) {
+	c := newNodeCluster(t, 1, Options{})
+	var wrong, written atomic.Int64
+	c.o.Hooks.LogSynced = func(took time.Duration) {
+		if took < 0 {
+			wrong.Add(1)
+		}
+	}
+	c.o.Hooks.LogWritten = func(_ int, took time.Duration) { written.Add(int64(took)) }
+	c.startAll()
+	n := c.leader().node
+	n.call(func(*core) { n.log.tail.f = slowFile{n.log.tail.f} })
+	for i := range 10 {
+		c.leader().mustWrite(fmt.Sprint(i))
+	}
+	if wrong.Load() > 0 {
+		t.Errorf("%d syncs took less than nothing", wrong.Load())
+	}
+	if took := time.Duration(written.Load()); took < 50*time.Millisecond {
+		t.Errorf("10 entries were written in %v", took)
+	}
+}

@@ -43,11 +43,13 @@ type raftLog struct {
 	batch  []byte // reused
 	framed []byte // reused
 
-	// written is what was written since takeWritten was called.
-	written struct {
-		bytes int
-		took  time.Duration
-	}
+	written logWritten // since takeWritten was called
+}
+
+// logWritten is how much was written, and how long that took.
+type logWritten struct {
+	bytes int
+	took  time.Duration
 }
 
 type segment struct {
@@ -260,11 +262,11 @@ func (l *raftLog) put(w *segmentWriter, batch []byte) error {
 	return nil
 }
 
-// takeWritten returns how many bytes were written since the last call, and how long that took.
-func (l *raftLog) takeWritten() (bytes int, took time.Duration) {
-	bytes, took = l.written.bytes, l.written.took
-	l.written.bytes, l.written.took = 0, 0
-	return bytes, took
+// takeWritten returns what was written since the last call.
+func (l *raftLog) takeWritten() logWritten {
+	w := l.written
+	l.written = logWritten{}
+	return w
 }
 
 func (l *raftLog) sync() error {

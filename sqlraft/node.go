@@ -338,11 +338,12 @@ func (n *Node) work() error {
 		case out.restart != nil:
 			err = n.log.restart(out.restart.index, out.restart.term, out.hardState)
 		case out.mustSync:
+			before := n.log.takeWritten() // without a sync, which is no part of this one
 			start := time.Now()
 			if err = n.log.append(out.hardState, out.entries, true); err == nil {
-				bytes, took := n.log.takeWritten()
-				n.o.Hooks.LogWritten(bytes, took)
-				n.o.Hooks.LogSynced(time.Since(start) - took)
+				now := n.log.takeWritten()
+				n.o.Hooks.LogSynced(time.Since(start) - now.took)
+				n.o.Hooks.LogWritten(before.bytes+now.bytes, before.took+now.took)
 			}
 		case out.hardState != nil:
 			err = n.log.append(out.hardState, out.entries, false)
