@@ -3,6 +3,7 @@ package etcdapi
 import (
 	"context"
 	"fmt"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -55,7 +56,11 @@ func (m *maintenanceServer) MoveLeader(ctx context.Context, req *pb.MoveLeaderRe
 }
 
 // Defragment answers when it is done. It goes on when the client does not wait for it any longer, as etcd's does.
-func (m *maintenanceServer) Defragment(ctx context.Context, _ *pb.DefragmentRequest) (*pb.DefragmentResponse, error) {
+func (m *maintenanceServer) Defragment(ctx context.Context, _ *pb.DefragmentRequest) (_ *pb.DefragmentResponse, err error) {
+	metrics := &m.s.metrics.maintenance
+	metrics.defragInflight.Inc()
+	defer metrics.defragInflight.Dec()
+	defer measure(metrics.defrag, time.Now(), &err)
 	ctx, cancel := m.s.streamContext(context.WithoutCancel(ctx))
 	defer cancel()
 	hook := m.s.opts.Hooks.Defragment
@@ -63,7 +68,7 @@ func (m *maintenanceServer) Defragment(ctx context.Context, _ *pb.DefragmentRequ
 		hook = func(bool, error) {}
 	}
 	hook(false, nil)
-	err := m.s.opts.Backend.Defragment(ctx)
+	err = m.s.opts.Backend.Defragment(ctx)
 	hook(true, err)
 	if ctx.Err() != nil {
 		err = streamEnd(ctx)
@@ -101,7 +106,8 @@ func (m *maintenanceServer) Alarm(ctx context.Context, req *pb.AlarmRequest) (*p
 }
 
 // HashKV answers with etcd's hash of the history up to a revision; it is that of this member, whatever the others have.
-func (m *maintenanceServer) HashKV(ctx context.Context, req *pb.HashKVRequest) (*pb.HashKVResponse, error) {
+func (m *maintenanceServer) HashKV(ctx context.Context, req *pb.HashKVRequest) (_ *pb.HashKVResponse, err error) {
+	defer measure(m.s.metrics.maintenance.hashRev, time.Now(), &err)
 	if err := m.s.ready(ctx, true); err != nil {
 		return nil, toStatus(err)
 	}
@@ -119,7 +125,8 @@ func (m *maintenanceServer) HashKV(ctx context.Context, req *pb.HashKVRequest) (
 
 // Hash answers with a hash of all that this member holds. It can be compared with that of another quire, not with that of
 // an etcd, which hashes its file.
-func (m *maintenanceServer) Hash(ctx context.Context, _ *pb.HashRequest) (*pb.HashResponse, error) {
+func (m *maintenanceServer) Hash(ctx context.Context, _ *pb.HashRequest) (_ *pb.HashResponse, err error) {
+	defer measure(m.s.metrics.maintenance.hash, time.Now(), &err)
 	if err := m.s.ready(ctx, true); err != nil {
 		return nil, toStatus(err)
 	}

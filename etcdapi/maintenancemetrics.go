@@ -1,16 +1,12 @@
 package etcdapi
 
 import (
-	"context"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc"
 )
 
-// maintenanceMetrics are etcd's metrics of what works on the whole store. They are taken around the calls, so that what
-// a client was refused is not counted.
+// maintenanceMetrics are etcd's metrics of what works on the whole store.
 type maintenanceMetrics struct {
 	hash, hashRev, defrag, snapshot prometheus.Histogram
 	defragInflight                  prometheus.Gauge
@@ -26,35 +22,9 @@ func newMaintenanceMetrics(r registrar) maintenanceMetrics {
 	}
 }
 
-// unary is an interceptor.
-func (m *maintenanceMetrics) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	var took prometheus.Histogram
-	switch info.FullMethod {
-	default:
-		return handler(ctx, req)
-	case pb.Maintenance_Hash_FullMethodName:
-		took = m.hash
-	case pb.Maintenance_HashKV_FullMethodName:
-		took = m.hashRev
-	case pb.Maintenance_Defragment_FullMethodName:
-		took = m.defrag
-		m.defragInflight.Inc()
-		defer m.defragInflight.Dec()
+// measure is deferred by a handler with the address of its error: a call that failed is not measured.
+func measure(h prometheus.Histogram, start time.Time, err *error) {
+	if *err == nil {
+		h.Observe(time.Since(start).Seconds())
 	}
-	start := time.Now()
-	resp, err := handler(ctx, req)
-	if err == nil {
-		took.Observe(time.Since(start).Seconds())
-	}
-	return resp, err
-}
-
-// stream is an interceptor.
-func (m *maintenanceMetrics) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	start := time.Now()
-	err := handler(srv, stream)
-	if err == nil && info.FullMethod == pb.Maintenance_Snapshot_FullMethodName {
-		m.snapshot.Observe(time.Since(start).Seconds())
-	}
-	return err
 }

@@ -260,8 +260,8 @@ func New(o Options) *Server {
 func (s *Server) ServerOptions() []grpc.ServerOption {
 	opts := []grpc.ServerOption{
 		grpc.ForceServerCodecV2(&codec{sent: s.metrics.sentBytes, received: s.metrics.receivedBytes}),
-		grpc.ChainUnaryInterceptor(s.slowUnary, s.metrics.grpc.UnaryServerInterceptor(), s.admitUnary, s.metrics.maintenance.unary),
-		grpc.ChainStreamInterceptor(s.metrics.grpc.StreamServerInterceptor(), s.admitStream, s.metrics.maintenance.stream),
+		grpc.ChainUnaryInterceptor(s.slowUnary, s.metrics.grpc.UnaryServerInterceptor(), s.admitUnary),
+		grpc.ChainStreamInterceptor(s.metrics.grpc.StreamServerInterceptor(), s.admitStream),
 		grpc.MaxRecvMsgSize(int(s.opts.MaxRequestBytes + grpcOverheadBytes)),
 		grpc.MaxSendMsgSize(math.MaxInt32),
 		grpc.MaxConcurrentStreams(s.opts.MaxConcurrentStreams),

@@ -21,10 +21,11 @@ const snapshotChunk = 32 << 10
 // Snapshot sends what this member holds as the database of an etcd, and then its SHA-256: so etcdutl and etcdctl want it.
 // Any member answers, a learner and one without a leader too. It is written beside the database first, so that neither the
 // store waits for a slow client nor the client for anything else.
-func (m *maintenanceServer) Snapshot(_ *pb.SnapshotRequest, stream pb.Maintenance_SnapshotServer) error {
+func (m *maintenanceServer) Snapshot(_ *pb.SnapshotRequest, stream pb.Maintenance_SnapshotServer) (err error) {
 	ctx, cancel := m.s.streamContext(stream.Context())
 	defer cancel()
 	start := time.Now()
+	defer measure(m.s.metrics.maintenance.snapshot, start, &err)
 	size, err := m.sendSnapshot(ctx, stream)
 	if ctx.Err() != nil {
 		err = streamEnd(ctx)

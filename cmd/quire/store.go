@@ -66,7 +66,7 @@ func (s *store) header() *pb.ResponseHeader {
 
 // raft is what /debug/vars shows.
 func (s *store) raft() raftVars {
-	applied := s.db.Stats().AppliedIndex
+	applied := s.db.Stats().AppliedIndex + 1 // as Status answers: the founding of the store is the first
 	v := raftVars{ID: fmt.Sprintf("%x", s.memberID), Lead: fmt.Sprintf("%x", s.memberID), Term: etcdapi.OneMemberTerm,
 		Commit: applied, Applied: applied, State: "StateLeader"}
 	if s.member != nil {

@@ -110,6 +110,20 @@ func TestDebugVars(t *testing.T) {
 	})
 }
 
+// TestDebugVarsWithoutRaft: what is applied is what Status says.
+func TestDebugVarsWithoutRaft(t *testing.T) {
+	t.Parallel()
+	s := start.Quire(t, start.Options{})
+	status, err := s.Maintenance.Status(within(t, 60*time.Second), &pb.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf(`"commit":%d,"applied":%d,`, status.RaftIndex, status.RaftAppliedIndex)
+	if text := page(t, "http://"+s.Address+"/debug/vars"); !strings.Contains(strings.Join(strings.Fields(text), ""), want) {
+		t.Errorf("/debug/vars does not say %s:\n%s", want, text)
+	}
+}
+
 // TestDebugRequests: calls are listed under etcd's names at the log level debug, without values and passwords. (A real etcd
 // shows values.)
 func TestDebugRequests(t *testing.T) {
