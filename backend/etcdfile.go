@@ -42,6 +42,7 @@ const (
 // etcdFile writes an etcd's database: a bbolt file that nobody else knows of, and that is of no use before it is complete.
 // So nothing is synced, and of the file there is only what it will be read by.
 type etcdFile struct {
+	file *os.File
 	db   *bolt.DB
 	tx   *bolt.Tx
 	puts int
@@ -53,15 +54,14 @@ type etcdFile struct {
 // newEtcdFile makes the database in an empty file, which it takes.
 func newEtcdFile(file *os.File) (*etcdFile, error) {
 	db, err := bolt.Open(file.Name(), 0, &bolt.Options{
-		NoSync:         true,
-		NoGrowSync:     true,
-		NoFreelistSync: true, // as etcd
-		OpenFile:       func(string, int, os.FileMode) (*os.File, error) { return file, nil },
+		NoSync:     true,
+		NoGrowSync: true,
+		OpenFile:   func(string, int, os.FileMode) (*os.File, error) { return file, nil },
 	})
 	if err != nil {
 		return nil, err
 	}
-	f := &etcdFile{db: db, values: make([]byte, 0, etcdBatchBytes)}
+	f := &etcdFile{file: file, db: db, values: make([]byte, 0, etcdBatchBytes)}
 	if f.tx, err = db.Begin(true); err == nil {
 		for _, name := range etcdBuckets {
 			if _, err = f.tx.CreateBucket(name); err != nil {
@@ -92,7 +92,7 @@ func (f *etcdFile) put(bucket, key, value []byte) error {
 
 // next commits what there is.
 func (f *etcdFile) next() (err error) {
-	if err := f.tx.Commit(); err != nil {
+	if err := f.commit(); err != nil {
 		return err
 	}
 	f.puts, f.values = 0, f.values[:0]
@@ -102,6 +102,22 @@ func (f *etcdFile) next() (err error) {
 	f.tx, err = f.db.Begin(true)
 	return err
 }
+
+// commit leaves to the store the room that it needs to go on: without any, a member of a cluster has to stop.
+func (f *etcdFile) commit() error {
+	free, total, err := diskRoom(f.file)
+	if err != nil {
+		return err
+	}
+	if least := leastRoom(total); free < least+etcdBatchBytes {
+		return fmt.Errorf("%w: of %d MiB that are free, %d must remain for the store", ErrDiskFull, free>>20, least>>20)
+	}
+	return f.tx.Commit()
+}
+
+// leastRoom is how much of a file system with so many bytes is not for snapshots: two segments of the Raft log and what the
+// WAL may grow by, or less where there is little anyway.
+func leastRoom(total uint64) uint64 { return min(256<<20, total/16) }
 
 // row adds a row as etcd stores it.
 func (f *etcdFile) row(w *storedRow) error {
@@ -249,7 +265,9 @@ func putNamed[M interface {
 
 // finish ends the writing, and returns the size of the database: its file may be longer.
 func (f *etcdFile) finish() (size int64, err error) {
-	if err := f.tx.Commit(); err != nil {
+	// As etcd does. Earlier it would make a commit that fails read all that was written before.
+	f.db.NoFreelistSync = true
+	if err := f.commit(); err != nil {
 		return 0, err
 	}
 	f.tx = nil

@@ -37,6 +37,7 @@ func (s *EtcdSnapshot) Close() error { return s.file.Close() }
 // Nobody waits for it: the moment is a View, and the rows are read in pages, one reader of pages at a time (see hashPage).
 // Compaction deletes nothing meanwhile. It takes memory for one page and for the leases, not for the store, and as
 // much room as the store beside the database (in Options.SnapshotDir, where that is set) until the snapshot is closed.
+// ErrDiskFull says that not enough would be left there for the store to go on (see leastRoom).
 // When ctx ends it stops and gives the room back.
 func (db *DB) EtcdSnapshot(ctx context.Context, s EtcdSurroundings) (_ *EtcdSnapshot, err error) {
 	path := db.snapshotPath()

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -386,6 +387,97 @@ func TestEtcdSnapshotTakesLittleMemory(t *testing.T) {
 	t.Logf("a snapshot of %d MiB took %d KiB of the heap", s.Size>>20, most>>10)
 	if s.Size < 128<<20 || most > 64<<20 {
 		t.Errorf("a snapshot of %d bytes took %d bytes of the heap", s.Size, most)
+	}
+}
+
+// TestEtcdSnapshotLeavesRoomToTheStore: one that would fill the disk ends before that, and the store goes on all the while.
+func TestEtcdSnapshotLeavesRoomToTheStore(t *testing.T) {
+	const size = 96 << 20
+	directory := t.TempDir()
+	if err := syscall.Mount("quire-test", directory, "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
+		t.Skipf("needs the right to mount a small tmpfs (root): %v", err)
+	}
+	t.Cleanup(func() { mustDo(t, syscall.Unmount(directory, 0)) })
+	db := openTest(t, filepath.Join(directory, "quire.db"), Options{})
+	value := strings.Repeat("v", 1<<20)
+	for i := range 44 {
+		mustPut(t, db, fmt.Sprint(i), value)
+	}
+	room := func() uint64 {
+		f, err := os.Open(directory)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		free, _, err := diskRoom(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return free
+	}
+	before := room()
+	least, done := before, make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(100 * time.Microsecond):
+				least = min(least, room())
+			}
+		}
+	})
+	s, err := db.EtcdSnapshot(t.Context(), testSurroundings)
+	close(done)
+	watching.Wait()
+	if err == nil {
+		t.Fatal(s.Close(), "there was room for a snapshot: the test tests nothing")
+	}
+	if !errors.Is(err, ErrDiskFull) || !strings.Contains(err.Error(), directory) {
+		t.Errorf("the snapshot failed with %v", err)
+	}
+	if least > before/2 || least < leastRoom(size) {
+		t.Errorf("%d bytes were free, at worst %d, and in the end %d; %d are for the store", before, least, room(), leastRoom(size))
+	}
+	if now := room(); now < before-1<<20 {
+		t.Errorf("%d bytes were free before it and %d after", before, now)
+	}
+	noSnapshotsLeft(t, db)
+	mustWrite(t, db, &pb.CompactionRequest{Revision: db.Revision()})
+	mustDo(t, db.WaitCompacted(t.Context(), db.Revision()))
+	mustGoOn(t, db)
+}
+
+// TestEtcdFileEndsSoonWhenTheDiskIsFull: not after it has read again what it has written.
+func TestEtcdFileEndsSoonWhenTheDiskIsFull(t *testing.T) {
+	file, err := os.Create(filepath.Join(t.TempDir(), "db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := newEtcdFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := make([]byte, 64<<10)
+	const rows = 1024
+	for rev := range int64(rows) {
+		mustDo(t, f.row(&storedRow{rev: rev, key: []byte("k"), value: value}))
+	}
+	var before, after runtime.MemStats
+	mustDo(t, f.next())
+	mustDo(t, f.row(&storedRow{rev: rows, key: []byte("k")}))
+	mustDo(t, file.Close()) // what is written now is refused
+	runtime.ReadMemStats(&before)
+	if err := f.tx.Commit(); err == nil {
+		t.Fatal("it was written")
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 768<<10 {
+		t.Errorf("a commit that fails after %d rows takes %d bytes of memory", rows, n)
+	}
+	if err := f.close(); err == nil {
+		t.Error("a file was closed twice")
 	}
 }
 
