@@ -56,5 +56,7 @@ func (b *batch) tell() {
 	b.did.begin()
 	if f := b.db.opts.Hooks.Applied; f != nil && len(b.did.Commands) > 0 {
 		f(&b.did)
+		clear(b.did.Commands)
+		b.db.appliedRoom = b.did.Commands[:0]
 	}
 }

@@ -119,7 +119,7 @@ func (db *DB) newBatch(now, wall int64) *batch {
 		leases: leaseChanges{table: &db.leases},
 	}
 	if db.opts.Hooks.Applied != nil {
-		b.did.last = time.Now()
+		b.did.last, b.did.Commands = time.Now(), db.appliedRoom
 	}
 	b.reader = reader{index: db.index, keys: st.keys, rev: st.rev, compact: st.compact, row: b.readRow, rows: b.readRows}
 	return b

@@ -49,6 +49,8 @@ type DB struct {
 	subscribeMu sync.Mutex
 	subscribers atomic.Pointer[[]*subscriber]
 
+	appliedRoom []AppliedCommand // empty, for the next batch; it belongs to the holder of the commit token
+
 	hashTurn   chan struct{} // see hashPage
 	defragTurn chan struct{} // see Defragment
 
