@@ -20,11 +20,17 @@ const (
 
 // Defragment gives the file system all the room back that the database does not need. Reads and writes go on: it works in
 // steps of some milliseconds between batches, and leaves the time between them to others. One runs at a time, others wait.
-// It ends with ctx; what it has done until then remains.
+// It ends with ctx; what it has done until then remains. ErrDiskFull, ErrStorage: a step could not be written, and
+// has changed nothing.
 //
 // On Postgres it is a VACUUM of quire's tables, which makes the room of deleted rows free for new ones, and gives back what
 // is free at the end of a table.
-func (db *DB) Defragment(ctx context.Context) error {
+func (db *DB) Defragment(ctx context.Context) (err error) {
+	defer func() {
+		if ctx.Err() == nil {
+			err = db.current.Load().log.explain(err)
+		}
+	}()
 	select {
 	case db.defragTurn <- struct{}{}:
 		defer func() { <-db.defragTurn }()

@@ -28,7 +28,7 @@ type PostgresOptions struct {
 	// Empty: as URL.
 	ListenURL string
 	// MaxConnections bounds the connections of this process, 6 or more; five are each kept for one purpose, the rest
-	// reads values that are not in memory. 0: 8.
+	// reads values that are not in memory. A defragmentation has one more. 0: 8.
 	MaxConnections int
 	// PollInterval is how often to look for what others wrote when no notification comes. 0: 1 s.
 	PollInterval time.Duration
