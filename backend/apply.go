@@ -80,7 +80,7 @@ func (b *batch) applyCompaction(r *pb.CompactionRequest) (*pb.CompactionResponse
 	case r.Revision > b.st.rev:
 		return nil, ErrFutureRev
 	}
-	if r.Physical {
+	if r.Physical && r.Revision > 0 && b.db.shared == nil {
 		b.physical = &physicalCompaction{from: b.st.compact, to: r.Revision}
 	}
 	b.st.compact, b.reader.compact = r.Revision, r.Revision

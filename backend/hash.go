@@ -50,14 +50,19 @@ type KVHash struct {
 func (db *DB) HashKV(ctx context.Context, rev int64) (KVHash, error) {
 	v := db.View()
 	defer v.Release()
-	if h, ok := db.hashes.recall(rev); ok {
+	h, ok, err := db.hashes.recall(ctx, rev)
+	if ok {
 		h.Head = v.rev
-		return h, nil
 	}
-	return db.hashKV(ctx, v, rev)
+	if ok || err != nil {
+		return h, err
+	}
+	return db.hashKV(ctx, v, rev, false)
 }
 
-func (db *DB) hashKV(ctx context.Context, v *View, rev int64) (KVHash, error) {
+// hashKV is HashKV of a View, or what a compaction at rev remembers: a deletion in rev itself, which that compaction keeps,
+// then is something that is there.
+func (db *DB) hashKV(ctx context.Context, v *View, rev int64, compacting bool) (KVHash, error) {
 	switch {
 	case rev > v.rev:
 		return KVHash{}, ErrFutureRev
@@ -69,7 +74,12 @@ func (db *DB) hashKV(ctx context.Context, v *View, rev int64) (KVHash, error) {
 	h := rowHash{sum: crc32.Checksum([]byte("key"), castagnoli)}
 	if rev > 0 {
 		there := v.compact // see above
-		v.visit(newKeyRange([]byte{0}, []byte{0}), rev, false, func([]byte, uint32, *record) bool {
+		all := newKeyRange([]byte{0}, []byte{0})
+		v.keys.ascend(all.from, all.end, all.unbounded, func(_ []byte, slot uint32, _ bool) bool {
+			_, r := v.index.at(slot, rev)
+			if r == nil || r.tombstone() && !(compacting && r.rev == rev) {
+				return true
+			}
 			there = rev
 			return false
 		})
