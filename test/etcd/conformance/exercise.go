@@ -66,7 +66,7 @@ func Exercise(t *testing.T, begin start.Func) {
 					t.Parallel()
 					ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 					t.Cleanup(cancel)
-					s := begin(t, c.options)
+					s := begin(t, withSecret(t, c.options))
 					c.run(&exam{T: t, Server: s, ctx: ctx})
 				})
 			}
