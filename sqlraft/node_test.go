@@ -15,6 +15,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 
 	"github.com/quire-db/quire/backend"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // nodeCluster is a few nodes in this process that talk over real sockets.
@@ -40,15 +41,6 @@ type nodeMember struct {
 	}
 }
 
-func freeAddress(t testing.TB) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 func newNodeCluster(t testing.TB, size int, o Options) *nodeCluster {
 	o.Tick = 20 * time.Millisecond
 	o.PreVote, o.InitialElectionTickAdvance, o.StrictReconfigCheck = true, true, true
@@ -72,7 +64,7 @@ func newNodeCluster(t testing.TB, size int, o Options) *nodeCluster {
 }
 
 func (c *nodeCluster) add(name string) *nodeMember {
-	m := &nodeMember{c: c, name: name, dir: c.t.TempDir(), address: freeAddress(c.t), list: new(listMachine)}
+	m := &nodeMember{c: c, name: name, dir: c.t.TempDir(), address: ports.FreeAddress(c.t), list: new(listMachine)}
 	m.machine = m.list
 	c.members = append(c.members, m)
 	return m

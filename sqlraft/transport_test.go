@@ -21,6 +21,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 
 	"github.com/quire-db/quire/backend"
+	"github.com/quire-db/quire/test/ports"
 )
 
 const testCluster = 0xc1
@@ -676,12 +677,7 @@ func TestRequests(t *testing.T) {
 		t.Errorf("a request that was given up: %v", err)
 	}
 	// The first URL is dead: the second one is asked.
-	dead, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dead.Close()
-	a.setPeers([]backend.Member{{ID: 2, PeerURLs: []string{"http://" + dead.Addr().String(), b.url}}})
+	a.setPeers([]backend.Member{{ID: 2, PeerURLs: []string{"http://" + ports.FreeAddress(t), b.url}}})
 	if _, err := a.request(t.Context(), 2, "x", nil); err != nil {
 		t.Errorf("the first of two URLs is dead: %v", err)
 	}

@@ -18,6 +18,8 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // running is one member of a cluster in this process.
@@ -37,12 +39,12 @@ func newRunning(t *testing.T, names ...string) []*running {
 	var initial []string
 	peers := map[string]string{}
 	for _, name := range names {
-		peers[name] = freeAddress(t)
+		peers[name] = ports.FreeAddress(t)
 		initial = append(initial, name+"=http://"+peers[name])
 	}
 	var all []*running
 	for _, name := range names {
-		m := &running{t: t, name: name, client: freeAddress(t), dir: t.TempDir()}
+		m := &running{t: t, name: name, client: ports.FreeAddress(t), dir: t.TempDir()}
 		m.flags = []string{
 			"--name", name, "--data-dir", m.dir, "--listen-client-urls", "http://" + m.client, "--listen-peer-urls", "http://" + peers[name],
 			"--initial-advertise-peer-urls", "http://" + peers[name], "--initial-cluster", strings.Join(initial, ","),

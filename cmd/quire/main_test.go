@@ -26,6 +26,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	_ "modernc.org/sqlite"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 func TestVersionIsInEtcdsForm(t *testing.T) {
@@ -75,7 +77,7 @@ func TestAuthorReachesTheRows(t *testing.T) {
 	ca.issue(2, "server", certFile, keyFile)
 	client := ca.issue(3, "kube-apiserver", filepath.Join(dir, "client.pem"), filepath.Join(dir, "client-key.pem"))
 	secure := credentials.NewTLS(&tls.Config{RootCAs: ca.pool(), Certificates: []tls.Certificate{client}})
-	alone, shared := freeAddress(t), freeAddress(t)
+	alone, shared := ports.FreeAddress(t), ports.FreeAddress(t)
 
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -119,21 +121,8 @@ func TestAuthorReachesTheRows(t *testing.T) {
 	}
 }
 
-// freeAddress is an address that nobody listens on.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return l.Addr().String()
-}
-
 func TestServeAndStop(t *testing.T) {
-	addr := freeAddress(t)
+	addr := ports.FreeAddress(t)
 	dir := filepath.Join(t.TempDir(), "data")
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
@@ -191,7 +180,7 @@ func TestServeAndStop(t *testing.T) {
 
 // A cluster of one member: what is particular to it on the way from the flags to the end.
 func TestAMemberServesAndStops(t *testing.T) {
-	client, peer := freeAddress(t), freeAddress(t)
+	client, peer := ports.FreeAddress(t), ports.FreeAddress(t)
 	dir := filepath.Join(t.TempDir(), "data")
 	args := []string{"--data-dir", dir, "--listen-client-urls", "http://" + client, "--listen-peer-urls", "http://" + peer, "--name=m"}
 	initial := []string{"--initial-advertise-peer-urls", "http://" + peer, "--initial-cluster", "m=http://" + peer}

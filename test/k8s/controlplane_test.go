@@ -19,6 +19,8 @@ import (
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 const (
@@ -88,8 +90,8 @@ func newControlPlane(t *testing.T, name string, number int, authority *authority
 		storeBinary:      binary(t, "QUIRE_TEST_SERVER", "bin/quire"),
 		storage:          storage,
 		apiserverBinary:  binary(t, "QUIRE_TEST_APISERVER", "bin/peers/kube-apiserver"),
-		storeAddress:     freeAddress(t),
-		apiserverAddress: freeAddress(t),
+		storeAddress:     ports.FreeAddress(t),
+		apiserverAddress: ports.FreeAddress(t),
 	}
 	cp.http = cp.newHTTPClient(t)
 	t.Cleanup(func() {
@@ -131,7 +133,7 @@ func (cp *controlPlane) startStore(t *testing.T) {
 	client := "https://" + cp.storeAddress
 	// etcd listens for peers even when it is alone, as does a quire that is a
 	// member; any other takes the flags and does nothing with them.
-	peer := "http://" + freeAddress(t)
+	peer := "http://" + ports.FreeAddress(t)
 	arguments := []string{
 		"--name=" + cp.name,
 		"--data-dir=" + cp.storeDataDir(),

@@ -2,7 +2,6 @@ package k8s
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -103,18 +102,6 @@ func (p *process) tail(lines int) string {
 		all = all[len(all)-lines:]
 	}
 	return fmt.Sprintf("last lines of %s:\n%s", p.name, strings.Join(all, "\n"))
-}
-
-// freeAddress returns a TCP address of the loopback interface that nobody
-// listens on.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
 }
 
 // binary returns the path in an environment variable, else the default, which

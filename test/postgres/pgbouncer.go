@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // PgBouncer is a connection pooler in front of a server: each transaction of a client may run on another connection.
@@ -43,7 +45,7 @@ func StartPgBouncer(ctx context.Context, s *Server, o PgBouncerOptions) (*PgBoun
 	}
 	b := &PgBouncer{dir: dir}
 	for attempt := 1; ; attempt++ {
-		port, err := freePort()
+		port, err := ports.Free()
 		if err == nil {
 			err = b.start(ctx, program, s, o, port)
 		}
@@ -72,7 +74,7 @@ func findPgBouncer() (string, error) {
 func (b *PgBouncer) start(ctx context.Context, program string, s *Server, o PgBouncerOptions, port int) error {
 	ctx, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
-	b.Address = loopback(port)
+	b.Address = ports.Loopback(port)
 	account := s.workspace.account
 	settings := map[string]string{
 		"listen_addr":     "127.0.0.1",

@@ -6,6 +6,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // Proxy is the network between clients and a server. It passes everything on until it is told otherwise; each
@@ -33,11 +35,11 @@ func StartProxy(upstream string) (*Proxy, error) {
 	p.mu.upstream = upstream
 	p.mu.links = map[*link]bool{}
 	for attempt := 1; ; attempt++ {
-		port, err := freePort()
+		port, err := ports.Free()
 		if err != nil {
 			return nil, err
 		}
-		p.Address = loopback(port)
+		p.Address = ports.Loopback(port)
 		p.mu.Lock()
 		err = p.listenLocked()
 		p.mu.Unlock()

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // Superuser is the role that owns a test server. On the server's own socket it needs no password.
@@ -126,11 +128,11 @@ func (s *Server) create(ctx context.Context, o Options) error {
 // server's: then it tries another.
 func (s *Server) startOnFreePort(ctx context.Context) error {
 	for attempt := 1; ; attempt++ {
-		port, err := freePort()
+		port, err := ports.Free()
 		if err != nil {
 			return err
 		}
-		s.port, s.Address = port, loopback(port)
+		s.port, s.Address = port, ports.Loopback(port)
 		if err := s.configure(); err != nil {
 			return err
 		}

@@ -3,8 +3,6 @@ package postgres
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -167,21 +165,3 @@ func (w *workspace) copyTemplate(i installation, data string) error {
 	}
 	return run(exec.Command("cp", "-a", "--reflink=auto", w.mu.template+"/.", data))
 }
-
-// freePort returns a port of 127.0.0.1 on which nothing listens now. It lies below the kernel's range for outgoing
-// connections (ip_local_port_range starts at 32768), so that no connection takes it while a server that is to
-// come back, or a proxy that refuses, does not listen.
-func freePort() (int, error) {
-	for range 100 {
-		port := 12000 + rand.IntN(20000)
-		l, err := net.Listen("tcp", loopback(port))
-		if err != nil {
-			continue
-		}
-		return port, l.Close()
-	}
-	return 0, errors.New("100 random ports of 127.0.0.1 between 12000 and 32000 are all taken")
-}
-
-// loopback is the address of a port of this machine.
-func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }

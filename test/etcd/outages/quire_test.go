@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 	"github.com/quire-db/quire/test/postgres"
 )
 
@@ -121,7 +122,7 @@ type quire struct {
 // database.
 func run(t *testing.T, storage string, flags ...string) *quire {
 	t.Helper()
-	q := &quire{address: start.FreeAddress(t)}
+	q := &quire{address: ports.FreeAddress(t)}
 	q.Process = start.Run(t, nil, append([]string{
 		"--storage=" + storage,
 		"--listen-client-urls=http://" + q.address,

@@ -16,6 +16,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // cuts is how many power cuts a test makes.
@@ -65,7 +66,7 @@ func (m *machine) begin(t *testing.T) {
 	t.Helper()
 	args := m.args
 	if args == nil {
-		m.address = start.FreeAddress(t)
+		m.address = ports.FreeAddress(t)
 		args = []string{"--listen-client-urls=http://" + m.address, "--advertise-client-urls=http://" + m.address}
 	}
 	m.Process = start.Run(t, nil, append([]string{"--data-dir=" + m.dataDir()}, args...)...)

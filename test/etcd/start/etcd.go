@@ -12,6 +12,8 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // Etcd starts a real etcd in this process, on loopback, with its data in memory-backed storage where
@@ -36,7 +38,7 @@ func EtcdIn(t testing.TB, dataDir string, o Options) *Server {
 
 	const attempts = 5
 	for attempt := 1; ; attempt++ {
-		address := FreeAddress(t)
+		address := ports.FreeAddress(t)
 		e, err := embed.StartEtcd(etcdConfig(o, dataDir, address, out))
 		if err != nil {
 			// Only the port may be the reason to try again: it was free a moment ago.

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // readyLine is part of the log line that etcd and quire print when clients may come.
@@ -62,7 +64,7 @@ func QuireIn(t testing.TB, dataDir string, o Options, extra ...string) *Server {
 	storage := StorageFlags(t, dataDir)
 	const attempts = 5
 	for attempt := 1; ; attempt++ {
-		address := FreeAddress(t)
+		address := ports.FreeAddress(t)
 		args := append([]string{
 			"--data-dir=" + dataDir,
 			"--listen-client-urls=http://" + address,

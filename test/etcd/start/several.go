@@ -15,6 +15,8 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // Several starts n quire processes on one Postgres database, or as one cluster, which to their clients are one server: every
@@ -80,12 +82,12 @@ func tryMembers(t testing.TB, n int, o Options) (all []*Server, err error) {
 	name := func(i int) string { return fmt.Sprintf("n%d", i+1) }
 	var peers, cluster []string
 	for i := range n {
-		peers = append(peers, FreeAddress(t))
+		peers = append(peers, ports.FreeAddress(t))
 		cluster = append(cluster, name(i)+"=http://"+peers[i])
 	}
 	dir := tempDir(t)
 	for i := range n {
-		address := FreeAddress(t)
+		address := ports.FreeAddress(t)
 		args := append([]string{
 			"--data-dir=" + filepath.Join(dir, name(i)),
 			"--listen-client-urls=http://" + address,

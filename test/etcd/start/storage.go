@@ -7,6 +7,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/quire-db/quire/test/ports"
 	"github.com/quire-db/quire/test/postgres"
 )
 
@@ -42,7 +43,7 @@ func StorageFlags(t testing.TB, dataDir string) []string {
 	switch storage(t) {
 	case "postgres":
 	case "sqlraft":
-		return memberFlags("default", FreeAddress(t), "")
+		return memberFlags("default", ports.FreeAddress(t), "")
 	default:
 		return nil
 	}

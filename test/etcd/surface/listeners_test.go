@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // speaks says how an address can be used: HTTP and gRPC, without TLS and with it.
@@ -100,7 +101,7 @@ func TestListeners(t *testing.T) {
 			}},
 		} {
 			t.Run(c.name, func(t *testing.T) {
-				one, other, socket := start.FreeAddress(t), start.FreeAddress(t), filepath.Join(t.TempDir(), "s")
+				one, other, socket := ports.FreeAddress(t), ports.FreeAddress(t), filepath.Join(t.TempDir(), "s")
 				s := program.start(t, 1, c.flags(one, other, socket)...)[0]
 				for _, x := range []struct{ network, address, want string }{{"tcp", one, c.one}, {"tcp", other, c.other}, {"unix", socket, c.unix}} {
 					if got := speaks(t, x.network, x.address, config); got != x.want {
@@ -117,9 +118,9 @@ func TestListeners(t *testing.T) {
 func TestMetricsWithTLSNeedACertificate(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
-		address := start.FreeAddress(t)
+		address := ports.FreeAddress(t)
 		s := start.RunProgram(t, p.path, nil, "--data-dir="+filepath.Join(t.TempDir(), "d"), "--listen-client-urls=http://"+address,
-			"--advertise-client-urls=http://"+address, "--listen-peer-urls=http://127.0.0.1:0", "--listen-metrics-urls=https://"+start.FreeAddress(t))
+			"--advertise-client-urls=http://"+address, "--listen-peer-urls=http://127.0.0.1:0", "--listen-metrics-urls=https://"+ports.FreeAddress(t))
 		code, err := s.Wait(30 * time.Second)
 		if err != nil || code == 0 {
 			t.Fatalf("status %d (%v)", code, err)
@@ -154,8 +155,8 @@ func TestClientCertificates(t *testing.T) {
 			{"a cipher suite that the certificate does not fit", []string{"--tls-max-version=TLS1.2", "--cipher-suites=TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"}, ""},
 		} {
 			t.Run(c.name, func(t *testing.T) {
-				address := start.FreeAddress(t)
-				s := p.start(t, 1, slices.Concat(files, []string{"--listen-client-urls=http://" + start.FreeAddress(t) + ",https://" + address}, c.flags)...)[0]
+				address := ports.FreeAddress(t)
+				s := p.start(t, 1, slices.Concat(files, []string{"--listen-client-urls=http://" + ports.FreeAddress(t) + ",https://" + address}, c.flags)...)[0]
 				var in []string
 				for _, client := range []struct {
 					name   string
@@ -194,7 +195,7 @@ func holding(p pair) *tls.Config {
 func TestAutoTLS(t *testing.T) {
 	t.Parallel()
 	onBoth(t, func(t *testing.T, p program) {
-		address := start.FreeAddress(t)
+		address := ports.FreeAddress(t)
 		s := p.start(t, 1, "--auto-tls", "--self-signed-cert-validity=2", "--listen-client-urls=https://"+address)[0]
 		conn, err := tls.Dial("tcp", address, &tls.Config{InsecureSkipVerify: true})
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // entries are the lines of a log, each of which must be a JSON object with etcd's keys.
@@ -39,7 +40,7 @@ func TestLogLinesOfEtcd(t *testing.T) {
 	t.Parallel()
 	const secret = "this-is-a-value"
 	onBoth(t, func(t *testing.T, p program) {
-		metrics := start.FreeAddress(t)
+		metrics := ports.FreeAddress(t)
 		s := p.start(t, 1, "--warning-unary-request-duration=1us", "--warning-apply-duration=1ns", "--snapshot-catchup-entries=1000",
 			"--bootstrap-defrag-threshold-megabytes=1000", "--listen-metrics-urls=http://"+metrics)[0]
 		c, ctx := s.client(t), within(t, 60*time.Second)

@@ -12,6 +12,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // TestPagesOfEtcd: every page, asked for in every way, is answered with a real etcd's status, type and headers, on the
@@ -31,7 +32,7 @@ func TestPagesOfEtcd(t *testing.T) {
 		t.Run(flag, func(t *testing.T) {
 			got := map[string][]string{}
 			for _, p := range []program{etcd(t), quire(t)} {
-				metrics := start.FreeAddress(t)
+				metrics := ports.FreeAddress(t)
 				s := p.start(t, 1, flag, "--listen-metrics-urls=http://"+metrics)[0]
 				eventually(t, "the version of the cluster is decided", func() bool {
 					return strings.Contains(page(t, s.url("/version")), `"etcdcluster":"3.7.0","storage":"3.7.0"`)

@@ -13,6 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // program is what the tests start.
@@ -89,11 +90,11 @@ func (p program) try(t *testing.T, n int, flags []string) (all []*server, err er
 	t.Helper()
 	peers, cluster := make([]string, n), make([]string, n)
 	for i := range n {
-		peers[i] = "http://" + start.FreeAddress(t)
+		peers[i] = "http://" + ports.FreeAddress(t)
 		cluster[i] = fmt.Sprintf("n%d=%s", i, peers[i])
 	}
 	for i := range n {
-		s := &server{address: start.FreeAddress(t), dir: filepath.Join(t.TempDir(), "data")}
+		s := &server{address: ports.FreeAddress(t), dir: filepath.Join(t.TempDir(), "data")}
 		args := []string{
 			fmt.Sprintf("--name=n%d", i), "--data-dir=" + s.dir,
 			"--listen-client-urls=http://" + s.address, "--advertise-client-urls=http://" + s.address,

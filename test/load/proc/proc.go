@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/quire-db/quire/test/ports"
 )
 
 // Spec says what to start and where.
@@ -52,12 +53,8 @@ type Process struct {
 // FreeAddr returns a loopback address on which nothing listens now. Another process may take it before it is
 // used: the caller sees that as a server that does not start.
 func FreeAddr() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("finding a free port: %w", err)
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	port, err := ports.Free()
+	return ports.Loopback(port), err
 }
 
 // WorkDir makes an empty directory on a real disk: below TMPDIR if that is set, else below bin of the

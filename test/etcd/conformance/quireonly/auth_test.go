@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 const (
@@ -229,7 +230,7 @@ func TestUsersAreKnownByTheirCertificates(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	certFile, keyFile := ca.issue(t.TempDir(), "server", 2)
-	address := start.FreeAddress(t)
+	address := ports.FreeAddress(t)
 	data := filepath.Join(t.TempDir(), "d")
 	p := start.Run(t, nil, append(start.StorageFlags(t, data), "--data-dir="+data, "--bcrypt-cost=4",
 		"--listen-client-urls=https://"+address, "--advertise-client-urls=https://"+address,

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // run runs quire to its end.
@@ -106,7 +107,7 @@ func TestWhatCannotBeMeantIsRefused(t *testing.T) {
 // etcd's own tests and kubeadm always give the flags of a cluster, for one node as well.
 func TestTheFlagsOfAOneMemberEtcdAreTaken(t *testing.T) {
 	t.Parallel()
-	a, peer := start.FreeAddress(t), start.FreeAddress(t)
+	a, peer := ports.FreeAddress(t), ports.FreeAddress(t)
 	p, kv := serve(t, []string{"ETCD_UNSUPPORTED_ARCH=arm64", "ETCD_VERIFY=all", "ETCD_NO_SUCH_SETTING=1"}, a, append(dataFlags(t),
 		"--name", "node-1",
 		"--listen-client-urls", "http://"+a, "--advertise-client-urls", "http://"+a,
@@ -141,7 +142,7 @@ func TestTheFlagsOfAOneMemberEtcdAreTaken(t *testing.T) {
 
 func TestEveryLogLineIsJSONWithEtcdsFields(t *testing.T) {
 	t.Parallel()
-	a := start.FreeAddress(t)
+	a := ports.FreeAddress(t)
 	p, kv := serve(t, nil, a, append(dataFlags(t), "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a, "--log-level=debug")...)
 	const secret = "value-that-nobody-may-see"
 	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte("a"), Value: []byte(secret)}); err != nil {
@@ -194,15 +195,15 @@ func TestFlagsBeatTheEnvironmentAndAConfigFileStandsAlone(t *testing.T) {
 	env := func(a string) []string {
 		return []string{"ETCD_DATA_DIR=" + filepath.Join(t.TempDir(), "d"), "ETCD_LISTEN_CLIENT_URLS=http://" + a, "ETCD_ADVERTISE_CLIENT_URLS=http://" + a, "ETCD_MAX_TXN_OPS=3"}
 	}
-	a := start.FreeAddress(t)
+	a := ports.FreeAddress(t)
 	if _, kv := serve(t, env(a), a); !limit(kv) {
 		t.Error("ETCD_MAX_TXN_OPS=3 was not heard")
 	}
-	a = start.FreeAddress(t)
+	a = ports.FreeAddress(t)
 	if _, kv := serve(t, env(a), a, "--max-txn-ops=4"); limit(kv) {
 		t.Error("the flag did not beat the variable")
 	}
-	a = start.FreeAddress(t)
+	a = ports.FreeAddress(t)
 	file := filepath.Join(t.TempDir(), "etcd.yml")
 	text := fmt.Sprintf("name: from-file\ndata-dir: %s\nlisten-client-urls: http://%s\nadvertise-client-urls: http://%s\nmax-txn-ops: 3\nunknown-key: 1\n", filepath.Join(t.TempDir(), "d"), a, a)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
@@ -216,7 +217,7 @@ func TestFlagsBeatTheEnvironmentAndAConfigFileStandsAlone(t *testing.T) {
 func TestStorageNamesTheDatabaseFile(t *testing.T) {
 	aboutFiles(t)
 	t.Parallel()
-	a := start.FreeAddress(t)
+	a := ports.FreeAddress(t)
 	path := filepath.Join(t.TempDir(), "deep", "er", "my.db")
 	p, kv := serve(t, nil, a, "--data-dir="+filepath.Join(t.TempDir(), "d"), "--storage=sqlite://"+path, "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a)
 	if _, err := kv.Put(t.Context(), &pb.PutRequest{Key: []byte("a")}); err != nil {
@@ -232,7 +233,7 @@ func TestStorageNamesTheDatabaseFile(t *testing.T) {
 
 func TestMetricsHaveAListenerOfTheirOwn(t *testing.T) {
 	t.Parallel()
-	a, m := start.FreeAddress(t), start.FreeAddress(t)
+	a, m := ports.FreeAddress(t), ports.FreeAddress(t)
 	serve(t, nil, a, append(dataFlags(t), "--listen-client-urls=http://"+a, "--advertise-client-urls=http://"+a, "--listen-metrics-urls=http://"+m)...)
 	for path, want := range map[string]string{"/metrics": "etcd_server_version", "/health": `"health":"true"`, "/readyz": "ok", "/livez": "ok"} {
 		r, err := http.Get("http://" + m + path)

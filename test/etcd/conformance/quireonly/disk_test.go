@@ -18,6 +18,7 @@ import (
 	_ "modernc.org/sqlite"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // aboutFiles skips a test whose claim is about the database file or its directory where there is none.
@@ -51,7 +52,7 @@ func mustRefuse(t *testing.T, args []string, says ...string) {
 }
 
 func serveArgs(t *testing.T, dir string) []string {
-	a := start.FreeAddress(t)
+	a := ports.FreeAddress(t)
 	return []string{"--data-dir=" + dir, "--listen-client-urls=http://" + a, "--advertise-client-urls=http://" + a}
 }
 

@@ -21,6 +21,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/quire-db/quire/test/etcd/start"
+	"github.com/quire-db/quire/test/ports"
 )
 
 // authority signs certificates for one test.
@@ -119,7 +120,7 @@ func TestTLSWantsAClientCertificateOfItsAuthority(t *testing.T) {
 	ca := newAuthority(t)
 	dir := t.TempDir()
 	certFile, keyFile := ca.issue(dir, "server", 2)
-	address := start.FreeAddress(t)
+	address := ports.FreeAddress(t)
 	data := filepath.Join(t.TempDir(), "d")
 	p := start.Run(t, nil, append(start.StorageFlags(t, data), "--data-dir="+data,
 		"--listen-client-urls=https://"+address, "--advertise-client-urls=https://"+address,
@@ -193,7 +194,7 @@ func TestTLSWantsAClientCertificateOfItsAuthority(t *testing.T) {
 
 func TestAutoTLSServesWithACertificateOfItsOwn(t *testing.T) {
 	t.Parallel()
-	address := start.FreeAddress(t)
+	address := ports.FreeAddress(t)
 	p := start.Run(t, nil, append(dataFlags(t), "--listen-client-urls=https://"+address, "--advertise-client-urls=https://"+address, "--auto-tls")...)
 	if err := p.WaitReady(30 * time.Second); err != nil {
 		t.Fatalf("%v\n%s", err, p.Output())
