@@ -14,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/tracker"
+
 	"github.com/quire-db/quire/backend"
 )
 
@@ -173,6 +176,7 @@ func (w *world) settled() bool {
 		}
 	}
 	var first *simMember
+	counted := map[uint64]bool{}
 	now := w.belongs
 	for _, m := range w.members {
 		if m.gone || !m.started || memberOf(now, m.id) == nil && (!m.belonged || slices.Contains(now.Removed, m.id)) {
@@ -188,8 +192,19 @@ func (w *world) settled() bool {
 		if m.machine.state.applied != first.machine.state.applied || m.core.hard.commit != first.core.hard.commit || m.core.handed.index != m.machine.state.applied {
 			return false
 		}
+		counted[m.id] = true
 	}
-	return true
+	// A leader that has not heard what a member has may send it a copy yet: it may have forgotten the entries while there
+	// were faults.
+	known := true
+	for _, m := range w.members {
+		if counted[m.id] && m.core.lead == m.id {
+			m.core.rn.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
+				known = known && (!counted[id] || pr.Match >= first.core.hard.commit)
+			})
+		}
+	}
+	return known
 }
 
 func (w *world) standing() (s string) {

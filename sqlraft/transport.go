@@ -18,7 +18,8 @@ import (
 
 // transport carries everything between this member and the others.
 //
-// To each of them it keeps two streams, which it dials, and accepts two, which the other dials (see lane). Packets of
+// To each of them it keeps two streams, which it dials, and accepts two, which the other dials (see lane); where only one
+// of them reaches the other, it dials for both (see transport_offer.go). Packets of
 // one lane arrive in the order in which they were sent, unchanged, or not at all: what was under way when a connection
 // broke is lost, and nobody learns which packets those were. There is no order between the lanes.
 //
@@ -33,6 +34,7 @@ type transport struct {
 	server  *http.Server
 	dialer  *dialer
 	client  *http.Client
+	offered *offeredListener
 
 	mu struct {
 		sync.RWMutex
@@ -72,6 +74,7 @@ type transportOptions struct {
 	server       func(http.Handler) *http.Server // nil: a plain one
 	dialTimeout  time.Duration                   // until a stream stands, 2 s
 	readTimeout  time.Duration                   // of silence before a connection counts as dead, 5 s
+	offerAfter   time.Duration                   // that a member is reached and does not dial, 2 s: see transport_offer.go
 	queueBytes   int                             // waiting for one lane to one member, 64 MiB
 	queuePackets int                             // the same, 16384
 }
@@ -131,10 +134,11 @@ var errTransportClosed = errors.New("sqlraft: the transport is closed")
 func startTransport(o transportOptions) *transport {
 	o.dialTimeout = cmp.Or(o.dialTimeout, 2*time.Second)
 	o.readTimeout = cmp.Or(o.readTimeout, 5*time.Second)
+	o.offerAfter = cmp.Or(o.offerAfter, 2*time.Second)
 	o.queueBytes = cmp.Or(o.queueBytes, 64<<20)
 	o.queuePackets = cmp.Or(o.queuePackets, 16384)
 	o.hooks.fill()
-	t := &transport{o: o, started: time.Now()}
+	t := &transport{o: o, started: time.Now(), offered: newOfferedListener()}
 	t.ctx, t.stop = context.WithCancel(context.Background())
 	t.dialer = &dialer{tls: o.clientTLS, localAddr: o.localAddr, timeout: o.dialTimeout}
 	t.client = t.dialer.httpClient()
@@ -151,7 +155,7 @@ func startTransport(o transportOptions) *transport {
 	t.server.Protocols.SetHTTP1(true)
 	t.server.BaseContext = func(net.Listener) context.Context { return t.ctx }
 	t.run(t.reportLost)
-	for _, l := range o.listeners {
+	for _, l := range append(slices.Clone(o.listeners), net.Listener(t.offered)) {
 		t.run(func() {
 			if err := t.server.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) && t.ctx.Err() == nil {
 				t.o.hooks.rejected(l.Addr().String(), 0, fmt.Errorf("sqlraft: no member can reach this one on %s any more; start it again: %w", l.Addr(), err))

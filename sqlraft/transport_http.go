@@ -178,6 +178,8 @@ func (t *transport) serveHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	case path == streamPath:
 		serve = t.serveStream
+	case path == offerPath:
+		serve = t.serveOffer
 	case strings.HasPrefix(path, snapshotPath):
 		serve = t.serveSnapshot
 	case strings.HasPrefix(path, requestPath):
@@ -245,7 +247,8 @@ func (t *transport) serveStream(w http.ResponseWriter, r *http.Request, from uin
 		return
 	}
 	// net/http has left its deadlines behind; timedConn sets new ones.
-	in := &incoming{p: p, lane: l, since: time.Now(), done: make(chan struct{}),
+	_, offered := conn.(*offeredConn)
+	in := &incoming{p: p, lane: l, since: time.Now(), done: make(chan struct{}), offered: offered,
 		conn: &timedConn{Conn: conn, timeout: t.o.readTimeout}}
 	// What net/http has read ahead comes first.
 	ahead, err := buffered.Reader.Peek(buffered.Reader.Buffered())
@@ -376,12 +379,7 @@ func (t *transport) ask(ctx context.Context, id uint64, method, path string, bod
 	if p == nil || cluster == 0 {
 		return nil, fmt.Errorf("%w: %x", errUnknownMember, id)
 	}
-	var failed error
-	for _, u := range p.urls() {
-		target, err := httpURL(u, (&url.URL{Path: path}).EscapedPath())
-		if err != nil {
-			return nil, err
-		}
+	send := func(client *http.Client, target string) (*http.Response, error) {
 		r, err := t.newRequest(ctx, method, target, bytes.NewReader(body), id, cluster)
 		if err != nil {
 			return nil, err
@@ -389,8 +387,23 @@ func (t *transport) ask(ctx context.Context, id uint64, method, path string, bod
 		for k, v := range header {
 			r.Header[k] = v
 		}
-		answer, err := t.client.Do(r)
-		var dialling *dialError
+		return client.Do(r)
+	}
+	escaped := (&url.URL{Path: path}).EscapedPath()
+	var failed error
+	var dialling *dialError
+	if p.hasOffer() { // this member does not reach it
+		answer, err := send(p.byOffer, "http://"+offerUpgrade+escaped)
+		if err == nil || !errors.As(err, &dialling) || ctx.Err() != nil {
+			return answer, err
+		}
+	}
+	for _, u := range p.urls() {
+		target, err := httpURL(u, escaped)
+		if err != nil {
+			return nil, err
+		}
+		answer, err := send(t.client, target)
 		if err == nil || !errors.As(err, &dialling) || ctx.Err() != nil {
 			return answer, err
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/http"
 	"slices"
 	"sync"
 	"time"
@@ -58,6 +59,8 @@ type peer struct {
 	ctx context.Context // done when the peer is dropped
 	cut context.CancelFunc
 	out [lanes]*outgoing
+	// byOffer asks on connections that the peer has offered.
+	byOffer *http.Client
 
 	mu struct {
 		sync.Mutex
@@ -65,6 +68,9 @@ type peer struct {
 		member bool
 		in     [lanes]*incoming
 		failed map[string]failure // by URL: what was told of dialling it
+
+		offers   []*offer // that the peer has made, the newest last
+		offering bool     // this member makes the peer offers
 	}
 	// note serializes what is told of connected and lost.
 	note struct {
@@ -82,6 +88,7 @@ type failure struct {
 func (t *transport) addPeer(id uint64, urls []string, member bool) *peer {
 	p := &peer{t: t, id: id}
 	p.mu.urls, p.mu.member = slices.Clone(urls), member
+	p.byOffer = p.offerClient()
 	p.ctx, p.cut = context.WithCancel(t.ctx)
 	t.mu.peers[id] = p
 	for l := range p.out {
@@ -132,6 +139,7 @@ func (p *peer) end(why error) {
 	p.mu.Lock()
 	in := p.mu.in
 	p.mu.Unlock()
+	p.dropOffers()
 	for _, i := range in {
 		if i != nil {
 			i.end(why)
@@ -171,6 +179,7 @@ func (p *peer) disconnect(in *incoming, why error) {
 	leaves := !p.mu.member && p.mu.in == [lanes]*incoming{}
 	p.mu.Unlock()
 	p.noteState(why)
+	p.offerSoon()
 	if !leaves {
 		return
 	}

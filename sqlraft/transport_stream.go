@@ -55,7 +55,7 @@ type outgoing struct {
 		down  bool
 		since time.Time // of the connection, zero without one
 		conn  net.Conn
-		url   string // that conn was dialled with
+		url   string // that conn was dialled with; "" when the member has offered it
 	}
 }
 
@@ -115,6 +115,16 @@ func (o *outgoing) take(before []packet) []packet {
 	return queue
 }
 
+// dialled is the URL that the connection was dialled with, "" without one and when the member has offered it.
+func (o *outgoing) dialled() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.mu.conn == nil {
+		return ""
+	}
+	return o.mu.url
+}
+
 func (o *outgoing) upSince() time.Time {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -126,7 +136,7 @@ func (o *outgoing) keepTo(urls []string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.mu.down = false // they are tried at once
-	if o.mu.conn != nil && !slices.Contains(urls, o.mu.url) {
+	if o.mu.conn != nil && o.mu.url != "" && !slices.Contains(urls, o.mu.url) {
 		_ = o.mu.conn.Close() // wakes the goroutines that use it
 	}
 }
@@ -222,13 +232,33 @@ type stream struct {
 	frame   frame
 }
 
-// connect dials and asks to be let in.
-func (o *outgoing) connect(url string) (_ *stream, err error) {
-	t := o.p.t
-	cluster := t.o.clusterID()
+// connect dials, or takes a connection that the member has offered, and asks to be let in.
+func (o *outgoing) connect(url string) (*stream, error) {
+	cluster := o.p.t.o.clusterID()
 	if cluster == 0 {
 		return nil, errors.New("sqlraft: the cluster is not known yet")
 	}
+	s, err := o.dial(cluster, url)
+	if err == nil {
+		return s, nil
+	}
+	conn := o.p.takeOffer()
+	if conn == nil {
+		return nil, err
+	}
+	o.p.noteFailure(url, err)
+	ctx, cancel := context.WithTimeout(o.p.ctx, o.p.t.o.dialTimeout)
+	defer cancel()
+	raw := &timedConn{Conn: conn, timeout: o.p.t.o.readTimeout}
+	s, offered := o.open(ctx, cluster, "", raw, raw, func() error { return nil })
+	if offered != nil {
+		return nil, fmt.Errorf("%w; on a connection that the member has offered: %w", err, offered)
+	}
+	return s, nil
+}
+
+func (o *outgoing) dial(cluster uint64, url string) (*stream, error) {
+	t := o.p.t
 	to, err := targetOf(url)
 	if err != nil {
 		return nil, err
@@ -249,26 +279,33 @@ func (o *outgoing) connect(url string) (_ *stream, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Closing the connection below TLS ends everything at once; TLS would first wait for a write that hangs.
+	s, err := o.open(ctx, cluster, url, conn, raw, flush)
+	if err == nil && !slices.Contains(o.p.urls(), url) {
+		_ = raw.Close() // the URLs have changed meanwhile; serve will notice
+	}
+	return s, err
+}
+
+// open asks to be let in on a connection that was dialled with url. Closing raw, which lies below TLS, ends everything
+// at once; TLS would first wait for a write that hangs.
+func (o *outgoing) open(ctx context.Context, cluster uint64, url string, conn, raw net.Conn, flush func() error) (_ *stream, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
-	s := &stream{o: o, conn: conn, answers: bufio.NewReaderSize(conn, 512), w: bufio.NewWriterSize(conn, streamBuffer), flush: flush}
+	s := &stream{o: o, conn: raw, answers: bufio.NewReaderSize(conn, 512), w: bufio.NewWriterSize(conn, streamBuffer), flush: flush}
 	err = s.introduce(cluster)
 	if !stop() {
-		err = fmt.Errorf("sqlraft: no answer within %v: %w", t.o.dialTimeout, ctx.Err())
+		err = fmt.Errorf("sqlraft: no answer within %v: %w", o.p.t.o.dialTimeout, ctx.Err())
 	}
 	if err != nil {
 		_ = raw.Close() // the error that matters is known
 		return nil, err
 	}
-	s.conn = raw
-
 	o.mu.Lock()
 	o.mu.conn, o.mu.url, o.mu.since, o.mu.down = raw, url, time.Now(), false
 	o.mu.Unlock()
-	if !slices.Contains(o.p.urls(), url) {
-		_ = raw.Close() // the URLs have changed meanwhile; serve will notice
-	}
 	o.p.noteState(nil)
+	if url != "" {
+		o.p.offerSoon()
+	}
 	return s, nil
 }
 
@@ -389,12 +426,13 @@ func (s *stream) readAnswers() error {
 
 // incoming is one lane from another member.
 type incoming struct {
-	p     *peer
-	lane  lane
-	conn  net.Conn
-	r     *bufio.Reader
-	since time.Time
-	done  chan struct{} // closed once nothing more is received
+	p       *peer
+	lane    lane
+	offered bool // by this member
+	conn    net.Conn
+	r       *bufio.Reader
+	since   time.Time
+	done    chan struct{} // closed once nothing more is received
 
 	acknowledged time.Time // only for the goroutine that reads
 

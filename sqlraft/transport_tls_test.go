@@ -80,9 +80,12 @@ func newSecureMember(t testing.TB, id uint64, server, client *tls.Config) *testM
 	return newRotatingMember(t, id, func() *tls.Config { return server }, func() *tls.Config { return client })
 }
 
-func newRotatingMember(t testing.TB, id uint64, server, client func() *tls.Config) *testMember {
+func newRotatingMember(t testing.TB, id uint64, server, client func() *tls.Config, change ...func(*transportOptions)) *testMember {
 	t.Helper()
 	m := newTestMember(t, id, "127.0.0.1:0", func(o *transportOptions) {
+		for _, c := range change {
+			c(o)
+		}
 		o.clientTLS = client
 		o.listeners[0] = tls.NewListener(o.listeners[0], &tls.Config{
 			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return server(), nil }})

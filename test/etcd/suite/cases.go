@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"fmt"
 	"io"
+	"net"
 	"regexp"
 	"slices"
 	"strconv"
@@ -80,8 +81,8 @@ func writeCases(w io.Writer, cases []testCase) error {
 
 // exclusion says why cases do not apply.
 type exclusion struct {
-	// Storage for which alone this holds; "" for all.
-	Storage string
+	// Only is the storage for which alone this holds, or offline; "" for all.
+	Only string
 	// Pattern of the names: a name, all below a name, or with * for any text within one element.
 	Pattern string
 	Reason  string
@@ -90,10 +91,33 @@ type exclusion struct {
 }
 
 func (e *exclusion) covers(name, storage string) bool {
-	return (e.Storage == "" || e.Storage == storage) && e.match.MatchString(name)
+	return (e.Only == "" || e.Only == storage) && e.match.MatchString(name)
 }
 
-// parseExclusions reads lines of the form "[storage:]pattern reason…".
+// offline marks what does not apply on a machine that has no route to the Internet, whether or not that is there.
+const offline = "offline"
+
+// here is what of all applies on this machine, whatever the storage.
+func here(all []exclusion, routed bool) []exclusion {
+	all = slices.Clone(all)
+	for i := range all {
+		if all[i].Only == offline && !routed {
+			all[i].Only = ""
+		}
+	}
+	return all
+}
+
+// hasRoute: a UDP socket sends nothing when it is connected, but fails without a route.
+func hasRoute() bool {
+	conn, err := net.Dial("udp", "8.8.8.8:80") // as etcd's tests do
+	if err != nil {
+		return false
+	}
+	return conn.Close() == nil
+}
+
+// parseExclusions reads lines of the form "[storage:|offline:]pattern reason…".
 func parseExclusions(text string) ([]exclusion, error) {
 	var all []exclusion
 	err := lines(text, func(line string) error {
@@ -102,11 +126,11 @@ func parseExclusions(text string) ([]exclusion, error) {
 			return fmt.Errorf("want: pattern reason")
 		}
 		e := exclusion{Pattern: pattern, Reason: strings.TrimSpace(reason)}
-		if storage, rest, ok := strings.Cut(pattern, ":"); ok {
-			if !slices.Contains(storages, storage) {
-				return fmt.Errorf("storage %q; there are %s", storage, strings.Join(storages, ", "))
+		if only, rest, ok := strings.Cut(pattern, ":"); ok {
+			if only != offline && !slices.Contains(storages, only) {
+				return fmt.Errorf("storage %q; there are %s", only, strings.Join(storages, ", "))
 			}
-			e.Storage, e.Pattern = storage, rest
+			e.Only, e.Pattern = only, rest
 		}
 		quoted := strings.ReplaceAll(regexp.QuoteMeta(e.Pattern), `\*`, `[^/]*`)
 		var err error

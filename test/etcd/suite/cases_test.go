@@ -26,7 +26,7 @@ func committed(t *testing.T) ([]testCase, []exclusion) {
 func TestEachExclusionCoversACase(t *testing.T) {
 	cases, exclusions := committed(t)
 	for _, e := range exclusions {
-		if !slices.ContainsFunc(cases, func(c testCase) bool { return e.covers(c.Name, e.Storage) }) {
+		if !slices.ContainsFunc(cases, func(c testCase) bool { return e.covers(c.Name, e.Only) }) {
 			t.Errorf("%q excludes nothing", e.Pattern)
 		}
 	}
@@ -76,7 +76,7 @@ func TestBadListsAreRefused(t *testing.T) {
 }
 
 func TestExclusionsCoverNamesAndWhatIsBelow(t *testing.T) {
-	exclusions, err := parseExclusions("# comment\ne2e/TestA why\ncommon/TestB*/x other\nsqlite:e2e/TestM members\n")
+	exclusions, err := parseExclusions("# comment\ne2e/TestA why\ncommon/TestB*/x other\nsqlite:e2e/TestM members\noffline:e2e/TestO route\n")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,6 +98,11 @@ func TestExclusionsCoverNamesAndWhatIsBelow(t *testing.T) {
 		}
 		if reason != c.reason {
 			t.Errorf("%s with storage %q is excluded for %q, want %q", c.name, c.storage, reason, c.reason)
+		}
+	}
+	for _, routed := range []bool{true, false} {
+		if excluded := excludedBy(here(exclusions, routed), "e2e/TestO", "sqlite") != nil; excluded == routed {
+			t.Errorf("what needs a route is excluded: %t, where there is one: %t", excluded, routed)
 		}
 	}
 }

@@ -34,10 +34,10 @@ func document(cases []testCase, exclusions []exclusion) []byte {
 	b.WriteString("`QUIRE_STORAGE=sqlite` or `postgres` runs the single-node cases with that storage; without it a single node is a\n" +
 		"cluster of one, as etcd's flags ask. `make test-etcd-suite ARGS='-run TestLock'` runs some, and\n" +
 		"`QUIRE_BIN=bin/peers/etcd` tries them on etcd.\n")
-	for _, storage := range append([]string{""}, storages...) {
+	for _, storage := range append([]string{"", offline}, storages...) {
 		var rows strings.Builder
 		for _, e := range exclusions {
-			if e.Storage != storage {
+			if e.Only != storage {
 				continue
 			}
 			covered := 0
@@ -52,7 +52,11 @@ func document(cases []testCase, exclusions []exclusion) []byte {
 			continue
 		}
 		title := "Excluded"
-		if storage != "" {
+		switch storage {
+		case "":
+		case offline:
+			title += " on a machine without a default route only"
+		default:
 			title += " with " + storage + " only"
 		}
 		fmt.Fprintf(&b, "\n## %s\n\n| cases | how many | why |\n|---|---|---|\n%s", title, rows.String())

@@ -97,6 +97,7 @@ func do(ctx context.Context, o options, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, bench.remove()) }()
+	exclusions = here(exclusions, hasRoute())
 	s := &suite{bench: bench, peers: o.peers, test2json: strings.TrimSpace(string(test2json))}
 	if o.calibrate != "" {
 		return calibrate(ctx, s, exclusions, o.calibrate, out)

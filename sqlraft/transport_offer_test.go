@@ -1,0 +1,214 @@
+package sqlraft
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/quire-db/quire/backend"
+)
+
+// oneWay returns members 1 and 2, of which 1 does not reach 2 until the returned function is called.
+func oneWay(t *testing.T) (cut, open *testMember, mend func()) {
+	t.Helper()
+	soon := func(o *transportOptions) { o.offerAfter = 50 * time.Millisecond }
+	cut, open = newTestMember(t, 1, "127.0.0.1:0", soon), newTestMember(t, 2, "127.0.0.1:0", soon)
+	p := listenProxy(t, open)
+	p.set(func() { p.mu.refuse = true })
+	introduceVia(open, cut, p)
+	return cut, open, func() { p.set(func() { p.mu.refuse = false }) }
+}
+
+// oneWayTLS is the same where the certificate of 1 is not taken from who dials.
+func oneWayTLS(t *testing.T) (cut, open *testMember, mend func()) {
+	t.Helper()
+	ca := newTestCA(t, "ca")
+	var mended atomic.Bool
+	strict := ca.config(t, "open")
+	strict.VerifyConnection = func(tls.ConnectionState) error {
+		if mended.Load() {
+			return nil
+		}
+		return errors.New("the address is not that of the certificate")
+	}
+	soon := func(o *transportOptions) { o.offerAfter = 50 * time.Millisecond }
+	same := func(c *tls.Config) func() *tls.Config { return func() *tls.Config { return c } }
+	cut = newRotatingMember(t, 1, same(ca.config(t, "cut")), same(ca.config(t, "cut")), soon)
+	open = newRotatingMember(t, 2, same(strict), same(ca.config(t, "open")), soon)
+	introduce(cut, open)
+	return cut, open, func() { mended.Store(true) }
+}
+
+// TestAMemberThatIsNotReachedOffers: all that members say to each other is said where only one reaches the other.
+func TestAMemberThatIsNotReachedOffers(t *testing.T) {
+	for name, pair := range map[string]func(*testing.T) (cut, open *testMember, mend func()){"plain": oneWay, "TLS": oneWayTLS} {
+		t.Run(name, func(t *testing.T) {
+			cut, open, mend := pair(t)
+			connectedToEachOther(t, cut, open)
+			if with(cut, func() int { return len(cut.mu.unreached) }) == 0 {
+				t.Error("nobody is told that the member cannot be dialled")
+			}
+
+			const packets = 200
+			for n := range uint64(packets) {
+				cut.send([]packet{heartbeat(1, 2, n), entries(1, 2, n, 10<<10)})
+				open.send([]packet{heartbeat(2, 1, n), entries(2, 1, n, 10)})
+			}
+			for _, m := range []*testMember{cut, open} {
+				eventually(t, "all packets arrive", func() bool { return with(m, func() bool { return len(m.mu.got) == 2*packets }) })
+				var next [lanes]uint64
+				for _, p := range with(m, func() []packet { return m.mu.got }) {
+					l := laneOf(&p)
+					if want := map[lane]packet{prompt: heartbeat(p.from, m.id, next[l]), bulk: entries(p.from, m.id, next[l], map[uint64]int{1: 10 << 10, 2: 10}[p.from])}[l]; !samePacket(&p, &want) {
+						t.Fatalf("packet %d of lane %s is another", next[l], laneNames[l])
+					}
+					next[l]++
+				}
+			}
+
+			echo := func(_ context.Context, from uint64, path string, body []byte) ([]byte, error) {
+				return fmt.Appendf(nil, "%x %s %s", from, path, body), nil
+			}
+			open.mu.Lock()
+			open.mu.serve = echo
+			open.mu.snapshots["copy"] = make([]byte, 3<<20)
+			open.mu.Unlock()
+			for range 10 { // more than wait
+				eventually(t, "a connection for a request waits", cut.peer(2).hasOffer)
+				if answer, err := cut.request(t.Context(), 2, "path", []byte("body")); err != nil || string(answer) != "1 path body" {
+					t.Fatalf("%q, %v", answer, err)
+				}
+			}
+			eventually(t, "a connection for a copy waits", cut.peer(2).hasOffer)
+			if err := cut.fetchSnapshot(t.Context(), 2, "copy", 3<<20, sha256.Sum256(make([]byte, 3<<20)), filepath.Join(t.TempDir(), "c"), nil); err != nil {
+				t.Errorf("fetching a copy: %v", err)
+			}
+
+			// Connections break.
+			cut.peer(2).cutOut()
+			connectedToEachOther(t, cut, open)
+
+			mend()
+			eventually(t, "the member is dialled again", func() bool {
+				dialled := cut.peer(2).out[prompt].dialled() != "" && cut.peer(2).out[bulk].dialled() != ""
+				if !dialled {
+					cut.peer(2).cutOut()
+					time.Sleep(20 * time.Millisecond) // to dial
+				}
+				return dialled
+			})
+			connectedToEachOther(t, cut, open)
+			eventually(t, "the last offers are withdrawn", func() bool { return !cut.peer(2).hasOffer() && !open.isOffering(1) })
+		})
+	}
+}
+
+// cutOut ends the connections of the lanes to a peer.
+func (p *peer) cutOut() {
+	for _, out := range p.out {
+		out.mu.Lock()
+		if out.mu.conn != nil {
+			out.mu.conn.Close()
+		}
+		out.mu.Unlock()
+	}
+}
+
+func (m *testMember) isOffering(id uint64) bool {
+	p := m.peer(id)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mu.offering
+}
+
+func TestNothingIsOfferedToWhoDials(t *testing.T) {
+	all := newTestCluster(t, 2, func(o *transportOptions) { o.offerAfter = 10 * time.Millisecond })
+	connectedToEachOther(t, all...)
+	all[0].peer(2).cutOut()
+	connectedToEachOther(t, all...)
+	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		// One lane may come back later than the other; what was offered meanwhile is withdrawn.
+		if !all[0].isOffering(2) && !all[1].isOffering(1) && !all[0].peer(2).hasOffer() && !all[1].peer(1).hasOffer() {
+			return
+		}
+	}
+	t.Error("members that reach each other offer connections")
+}
+
+// TestOffersOfTheDeadAreForgotten: by who keeps them, and by a transport that ends.
+func TestOffersOfTheDeadAreForgotten(t *testing.T) {
+	before := transportGoroutines()
+	cut, open, _ := oneWay(t)
+	eventually(t, "connections are offered", func() bool { return cut.peer(2).hasOffer() })
+	if err := open.close(); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the offers are forgotten", func() bool { return !cut.peer(2).hasOffer() })
+	if err := cut.close(); err != nil {
+		t.Error(err)
+	}
+	cut, open, _ = oneWay(t)
+	eventually(t, "connections are offered", func() bool { return cut.peer(2).hasOffer() })
+	began := time.Now()
+	for _, m := range []*testMember{cut, open} {
+		if err := m.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("closing takes %v while offers wait", took)
+	}
+	// The proxies' goroutines are none of these.
+	eventually(t, "all goroutines have ended", func() bool { return transportGoroutines() <= before })
+}
+
+func TestAMemberThatLeavesOffersNothing(t *testing.T) {
+	cut, open, _ := oneWay(t)
+	connectedToEachOther(t, cut, open)
+	cut.know(backend.Membership{ClusterID: testCluster, Members: []backend.Member{{ID: 1, PeerURLs: []string{cut.url}}}, Removed: []uint64{2}})
+	eventually(t, "the removed member learns it", func() bool {
+		return errors.Is(with(open, func() error { return open.mu.refused[1] }), ErrRemoved)
+	})
+	eventually(t, "it offers nothing any more", func() bool { return !open.isOffering(1) })
+}
+
+// TestOnlyMembersOffer: others are told so.
+func TestOnlyMembersOffer(t *testing.T) {
+	a := newTestCluster(t, 2, nil)[0]
+	for _, c := range []struct {
+		from    uint64
+		upgrade string
+		status  int
+	}{
+		{from: 9, upgrade: offerUpgrade, status: http.StatusServiceUnavailable},
+		{from: 2, upgrade: "websocket", status: http.StatusBadRequest},
+		{from: 1, upgrade: offerUpgrade, status: http.StatusPreconditionFailed},
+		{from: 2, upgrade: offerUpgrade, status: http.StatusSwitchingProtocols},
+	} {
+		r, err := http.NewRequest(http.MethodGet, a.url+offerPath, strings.NewReader(""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k, v := range map[string]string{headerCluster: hexID(testCluster), headerFrom: hexID(c.from), headerTo: hexID(1),
+			headerProtocol: streamProtocol, "Connection": "Upgrade", "Upgrade": c.upgrade} {
+			r.Header.Set(k, v)
+		}
+		answer, err := http.DefaultTransport.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if answer.StatusCode != c.status {
+			t.Errorf("member %d with %s: %s", c.from, c.upgrade, answer.Status)
+		}
+		answer.Body.Close()
+	}
+	eventually(t, "what was offered by nobody real is forgotten", func() bool { return !a.peer(2).hasOffer() })
+}
