@@ -105,6 +105,7 @@ type output struct {
 	leaderChanged   bool            // another leader, another term, or none
 	silent          bool            // no leader was heard of for long; said again from time to time
 	lost            bool            // the log misses what it had acknowledged, which is to be kept durably: see rejoin.go
+	voteTaken       bool            // this member was a voter, and was taken out to be let in again: it wants its vote back
 }
 
 type logPosition struct{ index, term uint64 }
@@ -449,12 +450,13 @@ func (c *core) ready(out *output) (bool, error) {
 			return false, err
 		}
 	}
+	out.voteTaken, c.rejoin.voteTaken = c.rejoin.voteTaken, false
 	if c.stale && (out.mustSync || c.flush) && out.restart == nil {
 		out.hardState = c.hard.message()
 		c.stale, c.flush = false, false
 	}
 	return len(out.before)+len(out.after)+len(out.apply)+len(out.entries) > 0 || out.hardState != nil || out.restart != nil ||
-		out.mustSync || c.responses != nil || out.makeSnapshot || out.releaseSnapshot || out.download != nil || out.leaderChanged || out.silent || out.lost, nil
+		out.mustSync || c.responses != nil || out.makeSnapshot || out.releaseSnapshot || out.download != nil || out.leaderChanged || out.silent || out.lost || out.voteTaken, nil
 }
 
 // take turns what Raft wants done into out.

@@ -236,7 +236,7 @@ func (c *core) handOutChange(e *raftpb.Entry, out *output) error {
 	} else if err != nil {
 		p.refusal = err
 	} else {
-		c.members = next
+		c.setMembers(next)
 		op.members, p.conf = &next, cc
 	}
 	p.members = c.members

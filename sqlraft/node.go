@@ -392,6 +392,12 @@ func (n *Node) attend(out *output) error {
 		n.o.Hooks.Lost()
 		n.wg.Go(n.rejoin)
 	}
+	if out.voteTaken && !n.identity.Rejoining {
+		if err := n.identify(func(i *logIdentity) { i.Rejoining = true }); err != nil {
+			return err
+		}
+		n.wg.Go(n.regainVote)
+	}
 	return nil
 }
 

@@ -42,9 +42,6 @@ func (n *Node) rejoin() {
 		}
 		n.o.Hooks.Readmitted(err)
 		if err == nil {
-			if answer.Voter {
-				n.regainVote()
-			}
 			return
 		}
 		n.pause(n.o.electionTimeout())
@@ -113,16 +110,19 @@ func (n *Node) askOne(to uint64, question readmission) (answer readmission, err 
 // readmitted makes a leader's answer durable and takes part again.
 func (n *Node) readmitted(answer readmission) error {
 	return n.onLoop(n.ctx, func(c *core) error {
+		voter := answer.Voter || n.identity.Rejoining
 		hs := c.readmitted(answer.Term, answer.Leader, answer.UpTo)
 		err := n.log.append(hs, nil, true)
 		if err == nil {
-			err = n.identify(func(i *logIdentity) { i.Lost, i.Rejoining = false, answer.Voter })
+			err = n.identify(func(i *logIdentity) { i.Lost, i.Rejoining = false, voter })
 		}
 		if err == nil {
 			err = c.resume()
 		}
 		if err != nil {
 			n.fail(err)
+		} else if voter {
+			n.wg.Go(n.regainVote)
 		}
 		return err
 	})
@@ -144,8 +144,10 @@ func (n *Node) regainVote() {
 		}
 		n.pause(n.o.electionTimeout())
 	}
-	n.call(func(*core) {
-		if err := n.identify(func(i *logIdentity) { i.Rejoining = false }); err != nil {
+	n.call(func(c *core) {
+		if !c.votes() { // it was taken out again meanwhile
+			n.wg.Go(n.regainVote)
+		} else if err := n.identify(func(i *logIdentity) { i.Rejoining = false }); err != nil {
 			n.fail(err)
 		}
 	})

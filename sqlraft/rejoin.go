@@ -1,6 +1,12 @@
 package sqlraft
 
-import "go.etcd.io/raft/v3/raftpb"
+import (
+	"slices"
+
+	"go.etcd.io/raft/v3/raftpb"
+
+	"github.com/quire-db/quire/backend"
+)
 
 // A member whose log misses entries that it has acknowledged (its disk was lost, or an old copy of it was put back) is
 // poison: the leader counts it among those that hold the entries, and it might vote for somebody who does not. It is
@@ -26,6 +32,8 @@ type rejoining struct {
 	lost bool
 	tell bool   // it has just been found out, or it was taken out although it lacks nothing
 	upTo uint64 // index of the entry that let this member in again
+	// voteTaken is told once.
+	voteTaken bool
 }
 
 // mayStep says whether a heartbeat that calls more committed than this member has may be given to Raft: only if it is too
@@ -53,6 +61,23 @@ func (c *core) rejoinWork(out *output) {
 		out.lost, out.leaderChanged = true, true
 		c.turn(0, false, out)
 	}
+}
+
+// setMembers notices when this member loses its vote and was not removed. Who has lost its log has asked for that and knows;
+// but the leader that it asked may have lost its office, and its request may be put in the log by another one once this member
+// is a voter again.
+func (c *core) setMembers(next backend.Membership) {
+	before := c.votes()
+	c.members = next
+	if before && !c.votes() && !slices.Contains(next.Removed, c.o.id) {
+		c.rejoin.voteTaken = true
+	}
+}
+
+// votes says whether this member has a vote, as far as it knows.
+func (c *core) votes() bool {
+	self := memberOf(c.members, c.o.id)
+	return self != nil && !self.Learner
 }
 
 // readmitted says that the leader of a term has let this member in again by the entry upTo. What it returns has to be

@@ -101,10 +101,12 @@ func (c *simClient) next() {
 	}
 }
 
-// anyMember returns one that is up and that somebody has let in.
+// anyMember returns one that is up and that somebody has let in; once there are no more faults, one that belongs to the
+// cluster, as everything is to be answered soon.
 func (w *world) anyMember() *simMember {
 	for range 10 {
-		if m := w.members[w.rand.IntN(len(w.members))]; m.up && (m.belonged || w.newest == 0) {
+		m := w.members[w.rand.IntN(len(w.members))]
+		if m.up && (m.belonged || w.newest == 0) && !(w.quiet && w.newest != 0 && memberOf(w.belongs, m.id) == nil) {
 			return m
 		}
 	}

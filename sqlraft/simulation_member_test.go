@@ -223,6 +223,11 @@ func (m *simMember) handle() {
 		m.identify(func(i *logIdentity) { i.Lost = true })
 		m.askReadmission(m.life)
 	}
+	if out.voteTaken && !m.identity.Rejoining {
+		w.say("%x finds out that it was taken out", m.id)
+		m.identify(func(i *logIdentity) { i.Rejoining = true })
+		m.askPromotion(m.life)
+	}
 	if out.restart == nil && out.hardState == nil && len(out.entries) == 0 && !out.mustSync {
 		m.persisted()
 		return
@@ -579,7 +584,11 @@ func (m *simMember) askPromotion(life int) {
 		return // what it knows of itself may be from before it lost its log
 	}
 	if !self.Learner {
-		m.input(func(*core) { m.identify(func(i *logIdentity) { i.Rejoining = false }) })
+		m.input(func(c *core) {
+			if c.votes() { // else it was taken out again meanwhile
+				m.identify(func(i *logIdentity) { i.Rejoining = false })
+			}
+		})
 		return
 	}
 	l.input(func(c *core) {

@@ -179,7 +179,7 @@ func (w *world) settled() bool {
 	counted := map[uint64]bool{}
 	now := w.belongs
 	for _, m := range w.members {
-		if m.gone || !m.started || memberOf(now, m.id) == nil && (!m.belonged || slices.Contains(now.Removed, m.id)) {
+		if m.gone || memberOf(now, m.id) == nil && (!m.started || !m.belonged || slices.Contains(now.Removed, m.id)) {
 			continue // nobody let it in, or it was removed and has not heard of it
 		}
 		self := memberOf(m.machine.state.members, m.id)

@@ -249,7 +249,7 @@ func (c *core) restarted(at logPosition, out *output) error {
 		c.hard.term, c.hard.vote = at.term, 0
 	}
 	c.storage.restart(at.index, at.term)
-	c.members = n.Members
+	c.setMembers(n.Members)
 	c.failUpTo(at.term, rpctypes.ErrGRPCTimeout)
 	if err := c.build(at.index, at.term); err != nil {
 		return err

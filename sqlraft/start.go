@@ -25,8 +25,8 @@ type logIdentity struct {
 	Unconfirmed bool `json:"unconfirmed,omitempty"`
 	// Bootstrap is what was known of the cluster when the log was begun, until the state machine knows more.
 	Bootstrap backend.Membership `json:"bootstrap,omitzero"`
-	// Lost: the log misses entries that this member has acknowledged. Rejoining: it did, and the member was a voter then,
-	// which it is to become again. See rejoin.go.
+	// Lost: the log misses entries that this member has acknowledged. Rejoining: it did, or others thought so, and the member
+	// was a voter then, which it is to become again. See rejoin.go.
 	Lost      bool `json:"lost,omitempty"`
 	Rejoining bool `json:"rejoining,omitempty"`
 	// Installing is the index of the copy of the state that was fetched last, so that a state ahead of the log is known

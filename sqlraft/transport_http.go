@@ -254,13 +254,48 @@ func (t *transport) serveStream(w http.ResponseWriter, r *http.Request, from uin
 	ahead, err := buffered.Reader.Peek(buffered.Reader.Buffered())
 	if err == nil {
 		in.r = bufio.NewReaderSize(io.MultiReader(bytes.NewReader(bytes.Clone(ahead)), in), streamBuffer)
-		_, err = fmt.Fprintf(in.conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n%s: %s\r\n%s: %s\r\n\r\n",
-			streamUpgrade, headerCluster, hexID(t.o.clusterID()), headerFrom, hexID(t.o.id))
+		err = t.welcome(in.conn, streamUpgrade)
 	}
 	if err != nil || !t.run(in.serve) {
 		_ = conn.Close() // it dials again
 		p.disconnect(in, err)
 	}
+}
+
+// askUpgrade asks member to for a connection that leaves HTTP.
+func (t *transport) askUpgrade(w io.Writer, r *bufio.Reader, path, upgrade string, to, cluster uint64, header map[string]string) error {
+	request, err := t.newRequest(context.Background(), http.MethodGet, "http://"+upgrade+path, nil, to, cluster)
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Connection", "Upgrade")
+	request.Header.Set("Upgrade", upgrade)
+	for k, v := range header {
+		request.Header.Set(k, v)
+	}
+	if err := request.Write(w); err != nil {
+		return err
+	}
+	if b, ok := w.(*bufio.Writer); ok {
+		if err := b.Flush(); err != nil {
+			return err
+		}
+	}
+	answer, err := http.ReadResponse(r, request)
+	if err != nil {
+		return err
+	}
+	if answer.StatusCode == http.StatusSwitchingProtocols && answer.Header.Get("Upgrade") == upgrade {
+		return nil
+	}
+	return refusalOf(answer, to, cluster)
+}
+
+// welcome is the answer to askUpgrade.
+func (t *transport) welcome(w io.Writer, upgrade string) error {
+	_, err := fmt.Fprintf(w, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n%s: %s\r\n%s: %s\r\n\r\n",
+		upgrade, headerCluster, hexID(t.o.clusterID()), headerFrom, hexID(t.o.id))
+	return err
 }
 
 // peerOf returns the peer from, which may be a stranger.
@@ -392,7 +427,7 @@ func (t *transport) ask(ctx context.Context, id uint64, method, path string, bod
 	escaped := (&url.URL{Path: path}).EscapedPath()
 	var failed error
 	var dialling *dialError
-	if p.hasOffer() { // this member does not reach it
+	if p.out[prompt].dialled() == "" && p.hasOffer() { // this member does not reach it
 		answer, err := send(p.byOffer, "http://"+offerUpgrade+escaped)
 		if err == nil || !errors.As(err, &dialling) || ctx.Err() != nil {
 			return answer, err

@@ -34,45 +34,55 @@ const (
 	offersKept    = 2 * offersWaiting
 )
 
-// offerNow starts to offer connections if the peer needs them.
-func (p *peer) offerNow() {
-	p.mu.Lock()
-	start := !p.mu.offering && p.needsOffersLocked()
-	p.mu.offering = p.mu.offering || start
-	p.mu.Unlock()
-	if !start {
-		return
-	}
-	if !p.t.run(p.offer) {
+// offerSoon looks whether the peer needs offers once it has had the time to dial by itself.
+func (p *peer) offerSoon() { time.AfterFunc(p.t.o.offerAfter, p.offerIfNeeded) }
+
+// offerIfNeeded has connections wait at the peer as long as it needs them.
+func (p *peer) offerIfNeeded() {
+	for {
 		p.mu.Lock()
-		p.mu.offering = false
+		start := p.mu.offering < offersWaiting && p.needsOffersLocked()
+		if start {
+			p.mu.offering++
+		}
 		p.mu.Unlock()
+		if !start || !p.t.run(p.keepOffering) {
+			return // closed: nobody counts any more
+		}
 	}
 }
 
-// offerSoon looks whether the peer needs offers once it has had the time to dial by itself.
-func (p *peer) offerSoon() { time.AfterFunc(p.t.o.offerAfter, p.offerNow) }
-
-// offer keeps connections waiting at the peer as long as it needs them.
-func (p *peer) offer() {
-	var all sync.WaitGroup
-	for range offersWaiting {
-		all.Go(func() {
-			for p.needsOffers() {
-				if err := p.offerOne(); err != nil {
-					if url := p.out[prompt].dialled(); url != "" && p.ctx.Err() == nil {
-						p.noteFailure(url, fmt.Errorf("sqlraft: offering a connection to a member that cannot reach this one: %w", err))
-					}
-					p.pause(p.t.o.offerAfter)
-				}
-			}
-		})
+// keepOffering offers one connection after the other.
+func (p *peer) keepOffering() {
+	for p.goesOnOffering() {
+		err := p.offerOne()
+		if err == nil {
+			continue
+		}
+		wait := p.t.o.offerAfter
+		var r *refusal
+		if errors.As(err, &r) {
+			wait *= 15 // an older quire, or one that has not heard of this member
+		}
+		if url := p.out[prompt].dialled(); url != "" && p.ctx.Err() == nil {
+			p.noteFailure(url, fmt.Errorf("sqlraft: offering a connection to a member that does not reach this one: %w", err))
+		}
+		select {
+		case <-time.After(wait):
+		case <-p.ctx.Done():
+		}
 	}
-	all.Wait()
+}
+
+// goesOnOffering is false for who ends: it is not counted any more.
+func (p *peer) goesOnOffering() bool {
 	p.mu.Lock()
-	p.mu.offering = false
-	p.mu.Unlock()
-	p.offerNow() // in case that it has become needed since
+	defer p.mu.Unlock()
+	if p.needsOffersLocked() {
+		return true
+	}
+	p.mu.offering--
+	return false
 }
 
 func (p *peer) needsOffers() bool {
@@ -81,7 +91,7 @@ func (p *peer) needsOffers() bool {
 	return p.needsOffersLocked()
 }
 
-// needsOffersLocked tells whether the peer has been reached for a while and does not reach this member by itself.
+// needsOffersLocked tells whether this member has reached the peer for a while, by dialling, and is not dialled by it.
 func (p *peer) needsOffersLocked() bool {
 	if !p.mu.member || p.ctx.Err() != nil {
 		return false
@@ -89,7 +99,6 @@ func (p *peer) needsOffersLocked() bool {
 	needed := false
 	for l := range lanes {
 		since := p.out[l].upSince()
-		// One that has been offered says that it reaches this member no other way.
 		if since.IsZero() || time.Since(since) < p.t.o.offerAfter || p.out[l].dialled() == "" {
 			return false
 		}
@@ -101,9 +110,17 @@ func (p *peer) needsOffersLocked() bool {
 // offerOne dials the peer, waits until it asks something or offers are not needed any more, and has it served.
 func (p *peer) offerOne() error {
 	t := p.t
-	to, err := targetOf(p.out[prompt].dialled())
+	url, cluster := p.out[prompt].dialled(), t.o.clusterID()
+	if url == "" {
+		return nil // the lane has just broken
+	}
+	to, err := targetOf(url)
 	if err != nil {
 		return err
+	}
+	if self := memberOf(t.o.handler.membership(), t.o.id); self != nil && !to.secure && slices.ContainsFunc(self.PeerURLs, isSecure) {
+		// Whoever can change what passes there could ask as the member.
+		return fmt.Errorf("sqlraft: %s has no TLS, which this member asks of those that dial it", url)
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, t.o.dialTimeout)
 	defer cancel()
@@ -115,7 +132,7 @@ func (p *peer) offerOne() error {
 	r := bufio.NewReader(conn)
 	err = conn.SetDeadline(time.Now().Add(t.o.dialTimeout))
 	if err == nil {
-		err = p.introduceOffer(conn, r)
+		err = t.askUpgrade(conn, r, offerPath, offerUpgrade, p.id, cluster, nil)
 	}
 	if err == nil {
 		err = conn.SetDeadline(time.Time{})
@@ -124,8 +141,7 @@ func (p *peer) offerOne() error {
 		if err = conn.SetReadDeadline(time.Now().Add(t.o.readTimeout)); err != nil {
 			break
 		}
-		_, err = r.Peek(1)
-		if err == nil {
+		if _, err = r.Peek(1); err == nil {
 			// net/http sets deadlines of its own.
 			if err = conn.SetReadDeadline(time.Time{}); err == nil && t.offered.push(&offeredConn{Conn: conn, r: r}) {
 				return nil
@@ -143,32 +159,9 @@ func (p *peer) offerOne() error {
 	return err
 }
 
-func (p *peer) introduceOffer(conn net.Conn, r *bufio.Reader) error {
-	cluster := p.t.o.clusterID()
-	request, err := p.t.newRequest(p.ctx, http.MethodGet, "http://"+offerUpgrade+offerPath, nil, p.id, cluster)
-	if err != nil {
-		return err
-	}
-	request.Header.Set("Connection", "Upgrade")
-	request.Header.Set("Upgrade", offerUpgrade)
-	if err := request.Write(conn); err != nil {
-		return err
-	}
-	answer, err := http.ReadResponse(r, request)
-	if err != nil {
-		return err
-	}
-	if answer.StatusCode != http.StatusSwitchingProtocols || answer.Header.Get("Upgrade") != offerUpgrade {
-		return refusalOf(answer, p.id, cluster)
-	}
-	return nil
-}
-
-func (p *peer) pause(d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-p.ctx.Done():
-	}
+func isSecure(peerURL string) bool {
+	to, err := targetOf(peerURL)
+	return err == nil && to.secure
 }
 
 // offeredConn is a connection that this member has offered, once the other one asks something on it.
@@ -241,8 +234,7 @@ func (t *transport) serveOffer(w http.ResponseWriter, r *http.Request, from uint
 		err = conn.SetDeadline(time.Now().Add(t.o.dialTimeout))
 	}
 	if err == nil {
-		_, err = fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n%s: %s\r\n%s: %s\r\n\r\n",
-			offerUpgrade, headerCluster, hexID(t.o.clusterID()), headerFrom, hexID(t.o.id))
+		err = t.welcome(conn, offerUpgrade)
 	}
 	if err == nil {
 		err = conn.SetDeadline(time.Time{})
@@ -262,25 +254,41 @@ type offer struct {
 
 // keepOffer has o wait to be taken. The oldest one goes when there are too many.
 func (p *peer) keepOffer(o *offer) {
-	if !p.t.run(func() { p.watchOffer(o) }) {
-		_ = o.conn.Close() // nothing was asked on it
-		return
-	}
-	var oldest *offer
+	var tooMany *offer
 	p.mu.Lock()
+	first := len(p.mu.offers) == 0
 	p.mu.offers = append(p.mu.offers, o)
 	if len(p.mu.offers) > offersKept {
-		oldest, p.mu.offers = p.mu.offers[0], slices.Delete(p.mu.offers, 0, 1)
+		tooMany, p.mu.offers = p.mu.offers[0], slices.Delete(p.mu.offers, 0, 1)
 	}
 	p.mu.Unlock()
-	if oldest != nil {
-		_ = oldest.conn.Close()
+	if tooMany != nil {
+		_ = tooMany.conn.Close()
+	}
+	if !p.t.run(func() { p.watchOffer(o) }) {
+		p.forgetOffer(o)
+		return
 	}
 	if p.ctx.Err() != nil {
 		p.dropOffers()
 	}
-	for _, out := range p.out {
-		out.retryNow()
+	if first { // those that follow what was taken are no reason to be quick
+		for _, out := range p.out {
+			out.retryNow()
+		}
+	}
+}
+
+// forgetOffer closes o, unless it was taken.
+func (p *peer) forgetOffer(o *offer) {
+	p.mu.Lock()
+	i := slices.Index(p.mu.offers, o)
+	if i >= 0 {
+		p.mu.offers = slices.Delete(p.mu.offers, i, i+1)
+	}
+	p.mu.Unlock()
+	if i >= 0 {
+		_ = o.conn.Close() // nothing was asked on it
 	}
 }
 
@@ -290,15 +298,7 @@ func (p *peer) watchOffer(o *offer) {
 	if err == nil {
 		err = errors.New("sqlraft: a member that offers a connection speaks on it")
 	}
-	p.mu.Lock()
-	i := slices.Index(p.mu.offers, o)
-	if i >= 0 {
-		p.mu.offers = slices.Delete(p.mu.offers, i, i+1)
-	}
-	p.mu.Unlock()
-	if i >= 0 {
-		_ = o.conn.Close() // it is closed there already
-	}
+	p.forgetOffer(o)
 	o.watched <- err
 }
 
@@ -330,13 +330,15 @@ func (p *peer) hasOffer() bool {
 	return len(p.mu.offers) > 0
 }
 
+// dropOffers closes all connections that wait.
 func (p *peer) dropOffers() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, o := range p.mu.offers {
+	offers := p.mu.offers
+	p.mu.offers = nil
+	p.mu.Unlock()
+	for _, o := range offers {
 		_ = o.conn.Close() // wakes watchOffer
 	}
-	p.mu.offers = nil
 }
 
 var errNoOffer = &dialError{errors.New("sqlraft: the member offers no connection")}
@@ -355,4 +357,45 @@ func (p *peer) offerClient() *http.Client {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
+}
+
+// leaveOffer ends a stream on an offered connection once the peer can be dialled: it is there for want of a better one.
+func (s *stream) leaveOffer(done <-chan struct{}) {
+	t := s.o.p.t
+	ticker := time.NewTicker(15 * t.o.offerAfter)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-done:
+			return
+		}
+		if s.o.p.answers() {
+			_ = s.conn.Close()
+			return
+		}
+	}
+}
+
+// answers tells whether a request reaches the peer at one of its URLs, and its answer this member.
+func (p *peer) answers() bool {
+	ctx, cancel := context.WithTimeout(p.ctx, p.t.o.dialTimeout)
+	defer cancel()
+	for _, u := range p.urls() {
+		target, err := httpURL(u, membersPath)
+		if err != nil {
+			continue // run says so
+		}
+		r, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
+		if err != nil {
+			continue
+		}
+		if answer, err := p.t.client.Do(r); err == nil {
+			_ = answer.Body.Close()
+			if answer.Header.Get(headerFrom) == hexID(p.id) {
+				return true
+			}
+		}
+	}
+	return false
 }

@@ -6,8 +6,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -17,9 +20,14 @@ import (
 )
 
 // oneWay returns members 1 and 2, of which 1 does not reach 2 until the returned function is called.
-func oneWay(t *testing.T) (cut, open *testMember, mend func()) {
+func oneWay(t *testing.T, change ...func(*transportOptions)) (cut, open *testMember, mend func()) {
 	t.Helper()
-	soon := func(o *transportOptions) { o.offerAfter = 50 * time.Millisecond }
+	soon := func(o *transportOptions) {
+		o.offerAfter = 50 * time.Millisecond
+		for _, c := range change {
+			c(o)
+		}
+	}
 	cut, open = newTestMember(t, 1, "127.0.0.1:0", soon), newTestMember(t, 2, "127.0.0.1:0", soon)
 	p := listenProxy(t, open)
 	p.set(func() { p.mu.refuse = true })
@@ -49,13 +57,12 @@ func oneWayTLS(t *testing.T) (cut, open *testMember, mend func()) {
 
 // TestAMemberThatIsNotReachedOffers: all that members say to each other is said where only one reaches the other.
 func TestAMemberThatIsNotReachedOffers(t *testing.T) {
-	for name, pair := range map[string]func(*testing.T) (cut, open *testMember, mend func()){"plain": oneWay, "TLS": oneWayTLS} {
+	for name, pair := range map[string]func(*testing.T) (cut, open *testMember, mend func()){
+		"plain": func(t *testing.T) (*testMember, *testMember, func()) { return oneWay(t) }, "TLS": oneWayTLS} {
 		t.Run(name, func(t *testing.T) {
 			cut, open, mend := pair(t)
 			connectedToEachOther(t, cut, open)
-			if with(cut, func() int { return len(cut.mu.unreached) }) == 0 {
-				t.Error("nobody is told that the member cannot be dialled")
-			}
+			eventually(t, "it is told that the member cannot be dialled", func() bool { return with(cut, func() bool { return len(cut.mu.unreached) > 0 }) })
 
 			const packets = 200
 			for n := range uint64(packets) {
@@ -97,14 +104,7 @@ func TestAMemberThatIsNotReachedOffers(t *testing.T) {
 			connectedToEachOther(t, cut, open)
 
 			mend()
-			eventually(t, "the member is dialled again", func() bool {
-				dialled := cut.peer(2).out[prompt].dialled() != "" && cut.peer(2).out[bulk].dialled() != ""
-				if !dialled {
-					cut.peer(2).cutOut()
-					time.Sleep(20 * time.Millisecond) // to dial
-				}
-				return dialled
-			})
+			eventually(t, "the member is dialled again", func() bool { return cut.peer(2).out[prompt].dialled() != "" && cut.peer(2).out[bulk].dialled() != "" })
 			connectedToEachOther(t, cut, open)
 			eventually(t, "the last offers are withdrawn", func() bool { return !cut.peer(2).hasOffer() && !open.isOffering(1) })
 		})
@@ -126,21 +126,119 @@ func (m *testMember) isOffering(id uint64) bool {
 	p := m.peer(id)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.mu.offering
+	return p.mu.offering > 0
+}
+
+// countingOffers counts the offers that come to a member.
+func countingOffers(n *atomic.Int32, after time.Duration) func(*transportOptions) {
+	return func(o *transportOptions) {
+		o.offerAfter = after
+		o.server = func(h http.Handler) *http.Server {
+			return &http.Server{ErrorLog: log.New(io.Discard, "", 0), Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == offerPath {
+					n.Add(1)
+				}
+				h.ServeHTTP(w, r)
+			})}
+		}
+	}
 }
 
 func TestNothingIsOfferedToWhoDials(t *testing.T) {
-	all := newTestCluster(t, 2, func(o *transportOptions) { o.offerAfter = 10 * time.Millisecond })
+	var offers atomic.Int32
+	all := newTestCluster(t, 2, countingOffers(&offers, 300*time.Millisecond))
 	connectedToEachOther(t, all...)
-	all[0].peer(2).cutOut()
-	connectedToEachOther(t, all...)
-	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		// One lane may come back later than the other; what was offered meanwhile is withdrawn.
-		if !all[0].isOffering(2) && !all[1].isOffering(1) && !all[0].peer(2).hasOffer() && !all[1].peer(1).hasOffer() {
-			return
+	time.Sleep(900 * time.Millisecond) // nothing tells of what does not happen
+	if n := offers.Load(); n != 0 {
+		t.Errorf("members that reach each other have made %d offers", n)
+	}
+}
+
+// TestAnOfferThatDoesNotHelpIsNotTakenInALoop: the streams break as soon as they stand.
+func TestAnOfferThatDoesNotHelpIsNotTakenInALoop(t *testing.T) {
+	var offers atomic.Int32
+	cut, open, _ := oneWay(t, countingOffers(&offers, 50*time.Millisecond))
+	connectedToEachOther(t, cut, open)
+	before := offers.Load()
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		cut.peer(2).cutOut()
+	}
+	if n := offers.Load() - before; n > 100 {
+		t.Errorf("%d connections were offered in two seconds", n)
+	}
+	connectedToEachOther(t, cut, open)
+}
+
+// TestALaneThatBreaksCostsNoOffer: once it stands again, as many connections wait as before.
+func TestALaneThatBreaksCostsNoOffer(t *testing.T) {
+	cut, open, _ := oneWay(t)
+	waiting := func() int {
+		p := cut.peer(2)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.mu.offers)
+	}
+	for range 3 {
+		eventually(t, "all connections wait", func() bool { return waiting() == offersWaiting })
+		out := open.peer(1).out[prompt]
+		out.mu.Lock()
+		out.mu.conn.Close()
+		out.mu.Unlock()
+		connectedToEachOther(t, cut, open)
+		time.Sleep(1500 * time.Millisecond) // more than the time after which offers are looked at
+	}
+	eventually(t, "all connections wait", func() bool { return waiting() == offersWaiting })
+}
+
+// TestAnOlderMemberIsAskedSeldom: it has never heard of offers.
+func TestAnOlderMemberIsAskedSeldom(t *testing.T) {
+	var offers atomic.Int32
+	older := func(o *transportOptions) {
+		countingOffers(&offers, 20*time.Millisecond)(o)
+		server := o.server
+		o.server = func(h http.Handler) *http.Server {
+			return server(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path == offerPath {
+					http.NotFound(w, r)
+					return
+				}
+				h.ServeHTTP(w, r)
+			}))
 		}
 	}
-	t.Error("members that reach each other offer connections")
+	oneWay(t, older)
+	eventually(t, "offers are made", func() bool { return offers.Load() > 0 })
+	time.Sleep(400 * time.Millisecond)
+	if n := int(offers.Load()); n > 3*offersWaiting {
+		t.Errorf("%d offers were made to a member that does not know them", n)
+	}
+}
+
+// TestNothingIsOfferedWithoutTLSByWhoAsksForIt: whoever is on the line could ask as the member.
+func TestNothingIsOfferedWithoutTLSByWhoAsksForIt(t *testing.T) {
+	var offers atomic.Int32
+	cut, open, _ := oneWay(t, countingOffers(&offers, 20*time.Millisecond))
+	ms := open.membership()
+	ms.Members = slices.Clone(ms.Members)
+	for i := range ms.Members {
+		if ms.Members[i].ID == open.id {
+			ms.Members[i].PeerURLs = []string{"https://127.0.0.1:1"}
+		}
+	}
+	open.mu.Lock()
+	open.mu.membership = ms
+	open.mu.Unlock()
+	before := offers.Load() // since oneWay
+	eventually(t, "it is told", func() bool {
+		return with(open, func() bool {
+			return slices.ContainsFunc(open.mu.unreached, func(s string) bool { return strings.Contains(s, "has no TLS") })
+		})
+	})
+	cut.peer(2).dropOffers()
+	time.Sleep(100 * time.Millisecond)
+	if n := int(offers.Load()); n > int(before)+offersWaiting {
+		t.Errorf("%d connections were offered", n-int(before))
+	}
 }
 
 // TestOffersOfTheDeadAreForgotten: by who keeps them, and by a transport that ends.
@@ -163,7 +261,7 @@ func TestOffersOfTheDeadAreForgotten(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if took := time.Since(began); took > time.Second {
+	if took := time.Since(began); took > 4*time.Second {
 		t.Errorf("closing takes %v while offers wait", took)
 	}
 	// The proxies' goroutines are none of these.
@@ -207,6 +305,9 @@ func TestOnlyMembersOffer(t *testing.T) {
 		}
 		if answer.StatusCode != c.status {
 			t.Errorf("member %d with %s: %s", c.from, c.upgrade, answer.Status)
+		}
+		if c.status == http.StatusSwitchingProtocols {
+			eventually(t, "what was offered waits", a.peer(2).hasOffer)
 		}
 		answer.Body.Close()
 	}

@@ -70,7 +70,7 @@ type peer struct {
 		failed map[string]failure // by URL: what was told of dialling it
 
 		offers   []*offer // that the peer has made, the newest last
-		offering bool     // this member makes the peer offers
+		offering int      // goroutines that make the peer offers
 	}
 	// note serializes what is told of connected and lost.
 	note struct {
@@ -176,9 +176,13 @@ func (p *peer) disconnect(in *incoming, why error) {
 	if p.mu.in[in.lane] == in {
 		p.mu.in[in.lane] = nil
 	}
-	leaves := !p.mu.member && p.mu.in == [lanes]*incoming{}
+	gone := p.mu.in == [lanes]*incoming{}
+	leaves := gone && !p.mu.member
 	p.mu.Unlock()
 	p.noteState(why)
+	if gone { // who offers reaches this member
+		p.dropOffers()
+	}
 	p.offerSoon()
 	if !leaves {
 		return

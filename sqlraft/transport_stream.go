@@ -9,7 +9,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"slices"
 	"sync"
 	"time"
@@ -131,7 +130,7 @@ func (o *outgoing) upSince() time.Time {
 	return o.mu.since
 }
 
-// keepTo ends the connection unless it was dialled with one of urls, which are new.
+// keepTo ends the connection unless it was dialled with one of urls, which are new, or the member has offered it.
 func (o *outgoing) keepTo(urls []string) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -225,6 +224,7 @@ func (o *outgoing) disconnected(err error) {
 // stream is a connection of an outgoing lane.
 type stream struct {
 	o       *outgoing
+	offered bool // by the member
 	conn    net.Conn
 	answers *bufio.Reader
 	w       *bufio.Writer
@@ -238,32 +238,38 @@ func (o *outgoing) connect(url string) (*stream, error) {
 	if cluster == 0 {
 		return nil, errors.New("sqlraft: the cluster is not known yet")
 	}
-	s, err := o.dial(cluster, url)
-	if err == nil {
-		return s, nil
+	timeout := o.p.t.o.dialTimeout
+	offered := o.p.hasOffer()
+	if offered {
+		timeout /= 10 // where packets vanish, a lane is not to wait long for what it knows
+	}
+	s, err := o.dial(cluster, url, timeout)
+	if err == nil || !offered {
+		return s, err
 	}
 	conn := o.p.takeOffer()
 	if conn == nil {
 		return nil, err
 	}
-	o.p.noteFailure(url, err)
 	ctx, cancel := context.WithTimeout(o.p.ctx, o.p.t.o.dialTimeout)
 	defer cancel()
 	raw := &timedConn{Conn: conn, timeout: o.p.t.o.readTimeout}
-	s, offered := o.open(ctx, cluster, "", raw, raw, func() error { return nil })
-	if offered != nil {
-		return nil, fmt.Errorf("%w; on a connection that the member has offered: %w", err, offered)
+	s, oerr := o.open(ctx, cluster, "", raw, raw, func() error { return nil })
+	if oerr != nil {
+		return nil, fmt.Errorf("%w; on a connection that the member has offered: %w", err, oerr)
 	}
+	// Told, and not wrapped: it lives.
+	o.p.noteFailure(url, fmt.Errorf("sqlraft: only the member itself can connect: %v", err))
 	return s, nil
 }
 
-func (o *outgoing) dial(cluster uint64, url string) (*stream, error) {
+func (o *outgoing) dial(cluster uint64, url string, timeout time.Duration) (*stream, error) {
 	t := o.p.t
 	to, err := targetOf(url)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(o.p.ctx, t.o.dialTimeout)
+	ctx, cancel := context.WithTimeout(o.p.ctx, timeout)
 	defer cancel()
 	var raw net.Conn
 	flush := func() error { return nil }
@@ -286,14 +292,18 @@ func (o *outgoing) dial(cluster uint64, url string) (*stream, error) {
 	return s, err
 }
 
-// open asks to be let in on a connection that was dialled with url. Closing raw, which lies below TLS, ends everything
-// at once; TLS would first wait for a write that hangs.
+// open asks to be let in on a connection that was dialled with url. raw lies below the TLS that this member speaks by
+// dialling: closing it ends everything at once; TLS would first wait for a write that hangs.
 func (o *outgoing) open(ctx context.Context, cluster uint64, url string, conn, raw net.Conn, flush func() error) (_ *stream, err error) {
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
-	s := &stream{o: o, conn: raw, answers: bufio.NewReaderSize(conn, 512), w: bufio.NewWriterSize(conn, streamBuffer), flush: flush}
-	err = s.introduce(cluster)
+	s := &stream{o: o, offered: url == "", conn: raw, answers: bufio.NewReaderSize(conn, 512), w: bufio.NewWriterSize(conn, streamBuffer), flush: flush}
+	header := map[string]string{headerLane: laneNames[o.lane]}
+	if !o.p.isMember() {
+		header[headerBack] = "1"
+	}
+	err = o.p.t.askUpgrade(s.w, s.answers, streamPath, streamUpgrade, o.p.id, cluster, header)
 	if !stop() {
-		err = fmt.Errorf("sqlraft: no answer within %v: %w", o.p.t.o.dialTimeout, ctx.Err())
+		err = fmt.Errorf("sqlraft: no answer in time: %w", ctx.Err())
 	}
 	if err != nil {
 		_ = raw.Close() // the error that matters is known
@@ -309,34 +319,6 @@ func (o *outgoing) open(ctx context.Context, cluster uint64, url string, conn, r
 	return s, nil
 }
 
-func (s *stream) introduce(cluster uint64) error {
-	t := s.o.p.t
-	r, err := t.newRequest(context.Background(), http.MethodGet, "http://"+streamUpgrade+streamPath, nil, s.o.p.id, cluster)
-	if err != nil {
-		return err
-	}
-	r.Header.Set("Connection", "Upgrade")
-	r.Header.Set("Upgrade", streamUpgrade)
-	r.Header.Set(headerLane, laneNames[s.o.lane])
-	if !s.o.p.isMember() {
-		r.Header.Set(headerBack, "1")
-	}
-	if err := r.Write(s.w); err != nil {
-		return err
-	}
-	if err := s.w.Flush(); err != nil {
-		return err
-	}
-	answer, err := http.ReadResponse(s.answers, r)
-	if err != nil {
-		return err
-	}
-	if answer.StatusCode == http.StatusSwitchingProtocols && answer.Header.Get("Upgrade") == streamUpgrade {
-		return nil
-	}
-	return refusalOf(answer, s.o.p.id, cluster)
-}
-
 // serve sends until the connection breaks or the peer is dropped, and returns why.
 func (s *stream) serve() error {
 	t := s.o.p.t
@@ -349,6 +331,11 @@ func (s *stream) serve() error {
 		_ = s.conn.Close() // ends a write that hangs
 		died <- err
 	}()
+	if s.offered {
+		done := make(chan struct{})
+		defer close(done)
+		t.run(func() { s.leaveOffer(done) })
+	}
 	err := s.write(died)
 	_ = s.conn.Close() // ends readAnswers
 	if other := <-died; err == nil || errors.Is(err, net.ErrClosed) {
