@@ -323,6 +323,12 @@ func (n *Node) work() error {
 			}
 			return nil
 		}
+		if out.voteTaken && !n.identity.Rejoining { // durably, before the state machine has it
+			if err := n.identify(func(i *logIdentity) { i.Rejoining = true }); err != nil {
+				return err
+			}
+			n.wg.Go(n.regainVote)
+		}
 		n.send(out.before)
 		if !out.applyAfter {
 			n.enqueue(out.apply)
@@ -391,12 +397,6 @@ func (n *Node) attend(out *output) error {
 		}
 		n.o.Hooks.Lost()
 		n.wg.Go(n.rejoin)
-	}
-	if out.voteTaken && !n.identity.Rejoining {
-		if err := n.identify(func(i *logIdentity) { i.Rejoining = true }); err != nil {
-			return err
-		}
-		n.wg.Go(n.regainVote)
 	}
 	return nil
 }

@@ -144,6 +144,9 @@ func (n *Node) regainVote() {
 		}
 		n.pause(n.o.electionTimeout())
 	}
+	if n.ctx.Err() != nil {
+		return
+	}
 	n.call(func(c *core) {
 		if !c.votes() { // it was taken out again meanwhile
 			n.wg.Go(n.regainVote)

@@ -67,16 +67,22 @@ func (c *core) rejoinWork(out *output) {
 // but the leader that it asked may have lost its office, and its request may be put in the log by another one once this member
 // is a voter again.
 func (c *core) setMembers(next backend.Membership) {
-	before := c.votes()
+	c.noticeVote(next)
 	c.members = next
-	if before && !c.votes() && !slices.Contains(next.Removed, c.o.id) {
+}
+
+// noticeVote looks at what the members are about to be.
+func (c *core) noticeVote(next backend.Membership) {
+	if c.votes() && !hasVote(next, c.o.id) && !slices.Contains(next.Removed, c.o.id) {
 		c.rejoin.voteTaken = true
 	}
 }
 
 // votes says whether this member has a vote, as far as it knows.
-func (c *core) votes() bool {
-	self := memberOf(c.members, c.o.id)
+func (c *core) votes() bool { return hasVote(c.members, c.o.id) }
+
+func hasVote(m backend.Membership, id uint64) bool {
+	self := memberOf(m, id)
 	return self != nil && !self.Learner
 }
 

@@ -201,6 +201,11 @@ func (m *simMember) handle() {
 	if m.core.leading {
 		w.leads(m.id, m.core.hard.term)
 	}
+	if out.voteTaken && !m.identity.Rejoining {
+		w.say("%x finds out that it was taken out", m.id)
+		m.identify(func(i *logIdentity) { i.Rejoining = true })
+		m.askPromotion(m.life)
+	}
 	m.send(out.before)
 	if !out.applyAfter {
 		m.enqueue(out.apply)
@@ -222,11 +227,6 @@ func (m *simMember) handle() {
 		w.say("%x finds out that it has lost what it acknowledged", m.id)
 		m.identify(func(i *logIdentity) { i.Lost = true })
 		m.askReadmission(m.life)
-	}
-	if out.voteTaken && !m.identity.Rejoining {
-		w.say("%x finds out that it was taken out", m.id)
-		m.identify(func(i *logIdentity) { i.Rejoining = true })
-		m.askPromotion(m.life)
 	}
 	if out.restart == nil && out.hardState == nil && len(out.entries) == 0 && !out.mustSync {
 		m.persisted()

@@ -198,6 +198,7 @@ func (c *core) receiveSnapshotNotice(from uint64, m *raftpb.Message) {
 		return // of another version; the leader tries again, and says that it cannot
 	}
 	cp.fetching, cp.wanted, cp.status = n, true, c.now
+	c.noticeVote(n.Members) // now: whatever interrupts the installation, it is not found out later
 }
 
 // downloaded answers output.download: the copy lies at path, durably.

@@ -25,7 +25,8 @@ import (
 //	(who asks whom, as for a stream)
 //
 // After "101 Switching Protocols" the one that was dialled sends HTTP requests, and the dialler serves them like those
-// that come to its own port. A few connections wait at the other; what it takes is replaced.
+// that come to its own port. A few connections wait at the other; what it takes is replaced. A stream stays on such a
+// connection until that breaks; then dialling is tried first.
 const (
 	offerPath    = "/raft/offer"
 	offerUpgrade = "quire-raft-offer"
@@ -266,6 +267,7 @@ func (p *peer) keepOffer(o *offer) {
 		_ = tooMany.conn.Close()
 	}
 	if !p.t.run(func() { p.watchOffer(o) }) {
+		o.watched <- errTransportClosed // to who has taken it already
 		p.forgetOffer(o)
 		return
 	}
@@ -357,45 +359,4 @@ func (p *peer) offerClient() *http.Client {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-}
-
-// leaveOffer ends a stream on an offered connection once the peer can be dialled: it is there for want of a better one.
-func (s *stream) leaveOffer(done <-chan struct{}) {
-	t := s.o.p.t
-	ticker := time.NewTicker(15 * t.o.offerAfter)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ticker.C:
-		case <-done:
-			return
-		}
-		if s.o.p.answers() {
-			_ = s.conn.Close()
-			return
-		}
-	}
-}
-
-// answers tells whether a request reaches the peer at one of its URLs, and its answer this member.
-func (p *peer) answers() bool {
-	ctx, cancel := context.WithTimeout(p.ctx, p.t.o.dialTimeout)
-	defer cancel()
-	for _, u := range p.urls() {
-		target, err := httpURL(u, membersPath)
-		if err != nil {
-			continue // run says so
-		}
-		r, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
-		if err != nil {
-			continue
-		}
-		if answer, err := p.t.client.Do(r); err == nil {
-			_ = answer.Body.Close()
-			if answer.Header.Get(headerFrom) == hexID(p.id) {
-				return true
-			}
-		}
-	}
-	return false
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"path/filepath"
 	"slices"
@@ -104,7 +105,14 @@ func TestAMemberThatIsNotReachedOffers(t *testing.T) {
 			connectedToEachOther(t, cut, open)
 
 			mend()
-			eventually(t, "the member is dialled again", func() bool { return cut.peer(2).out[prompt].dialled() != "" && cut.peer(2).out[bulk].dialled() != "" })
+			eventually(t, "the member is dialled again", func() bool {
+				dialled := cut.peer(2).out[prompt].dialled() != "" && cut.peer(2).out[bulk].dialled() != ""
+				if !dialled {
+					cut.peer(2).cutOut() // which may have been dialled before
+					time.Sleep(20 * time.Millisecond)
+				}
+				return dialled
+			})
 			connectedToEachOther(t, cut, open)
 			eventually(t, "the last offers are withdrawn", func() bool { return !cut.peer(2).hasOffer() && !open.isOffering(1) })
 		})
@@ -276,6 +284,40 @@ func TestAMemberThatLeavesOffersNothing(t *testing.T) {
 		return errors.Is(with(open, func() error { return open.mu.refused[1] }), ErrRemoved)
 	})
 	eventually(t, "it offers nothing any more", func() bool { return !open.isOffering(1) })
+}
+
+// TestAnOfferIsTakenWhileTheTransportCloses: whoever takes it does not wait for ever.
+func TestAnOfferIsTakenWhileTheTransportCloses(t *testing.T) {
+	a := newTestCluster(t, 2, nil)[0]
+	p := a.peer(2)
+	if err := a.close(); err != nil {
+		t.Fatal(err)
+	}
+	stop, taken := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(taken)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if p.takeOffer() != nil {
+					t.Error("an offer was taken of a member that is not spoken to any more")
+				}
+			}
+		}
+	}()
+	for range 20000 {
+		here, there := net.Pipe()
+		p.keepOffer(&offer{conn: here, watched: make(chan error, 1)})
+		there.Close()
+	}
+	close(stop)
+	select {
+	case <-taken:
+	case <-time.After(10 * time.Second):
+		t.Fatal("whoever takes an offer hangs")
+	}
 }
 
 // TestOnlyMembersOffer: others are told so.

@@ -163,6 +163,9 @@ func (o *outgoing) run() {
 			began := time.Now()
 			err = s.serve()
 			o.disconnected(err)
+			if s.offered {
+				next++
+			}
 			if time.Since(began) >= longest {
 				wait = 0
 				continue
@@ -241,7 +244,7 @@ func (o *outgoing) connect(url string) (*stream, error) {
 	timeout := o.p.t.o.dialTimeout
 	offered := o.p.hasOffer()
 	if offered {
-		timeout /= 10 // where packets vanish, a lane is not to wait long for what it knows
+		timeout /= 4 // where packets vanish, a lane is not to wait long for what it knows
 	}
 	s, err := o.dial(cluster, url, timeout)
 	if err == nil || !offered {
@@ -331,11 +334,6 @@ func (s *stream) serve() error {
 		_ = s.conn.Close() // ends a write that hangs
 		died <- err
 	}()
-	if s.offered {
-		done := make(chan struct{})
-		defer close(done)
-		t.run(func() { s.leaveOffer(done) })
-	}
 	err := s.write(died)
 	_ = s.conn.Close() // ends readAnswers
 	if other := <-died; err == nil || errors.Is(err, net.ErrClosed) {
