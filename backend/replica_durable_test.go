@@ -9,22 +9,32 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
 )
 
 // bigEntry is an entry with values that fill the WAL.
 func bigEntry(t *testing.T, m *entryMaker) Entry {
 	t.Helper()
+	var requests []proto.Message
+	for range 1 + m.rnd.IntN(3) {
+		if m.rnd.IntN(8) == 0 {
+			requests = append(requests, &pb.CompactionRequest{Revision: max(1, m.rev-m.rnd.Int64N(10))})
+		} else {
+			requests = append(requests, putReq(string(m.key()), string(make([]byte, m.rnd.IntN(60_000)))))
+		}
+	}
+	return entryOf(t, m, requests...)
+}
+
+func entryOf(t *testing.T, m *entryMaker, requests ...proto.Message) Entry {
+	t.Helper()
 	m.index++
 	m.clock += m.rnd.Int64N(1e6)
 	e := Entry{Index: m.index, Term: m.term, Stamp: (&stamp{clock: m.clock, wall: m.clock, space: -1, member: 1}).encode()}
 	payload := []byte{payloadVersion}
-	for range 1 + m.rnd.IntN(3) {
-		p := &pending{cmd: Command{Request: putReq(string(m.key()), string(make([]byte, m.rnd.IntN(60_000))))}}
-		if m.rnd.IntN(8) == 0 {
-			p.cmd.Request = &pb.CompactionRequest{Revision: max(1, m.rev-m.rnd.Int64N(10))}
-		}
+	for _, r := range requests {
 		var err error
-		if payload, err = appendCommand(payload, p); err != nil {
+		if payload, err = appendCommand(payload, &pending{cmd: Command{Request: r}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -200,7 +210,7 @@ func TestReplicaClosesWhileItCannotBeWritten(t *testing.T) {
 	execAlone(t, db, "CREATE TEMP TRIGGER refuse BEFORE INSERT ON revisions BEGIN SELECT RAISE(ABORT, 'refused'); END")
 	maker := &entryMaker{rnd: seed(t), term: 1, clock: 1, rev: 2}
 	applied := make(chan error, 1)
-	go func() { applied <- db.Apply([]Entry{bigEntry(t, maker)}) }()
+	go func() { applied <- db.Apply([]Entry{entryOf(t, maker, putReq("a", "1"))}) }()
 	eventually(t, "it fails", func() bool { return db.Err() != nil })
 	closeAndCheck(t, db, path)
 	if err := <-applied; err == nil {

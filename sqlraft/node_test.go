@@ -458,9 +458,11 @@ func TestWhoLagsGetsACopyOfTheState(t *testing.T) {
 	}
 	away.start(nil)
 	c.same(300)
-	if away.seen.installed == 0 {
-		t.Error("no copy of the state was installed")
-	}
+	until(t, "a copy of the state is installed", func() bool { // which is told after it can be seen
+		away.seen.Lock()
+		defer away.seen.Unlock()
+		return away.seen.installed > 0
+	})
 	away.mustWrite("after")
 	c.same(301)
 }
